@@ -60,6 +60,7 @@ def per_channel(v: Any, ndim: int, channel_axis: int = 1) -> Any:
         A view (where the library has views) of ``v`` with ``ndim`` axes.
 
     Raises:
+        TypeError: ``v`` is not an array.
         ValueError: ``v`` is not one-dimensional, or see :func:`reduction_axes`.
 
     Derived in *Which axes?*
@@ -71,12 +72,13 @@ def per_channel(v: Any, ndim: int, channel_axis: int = 1) -> Any:
         >>> per_channel(np.zeros(3), 4, -1).shape
         (1, 1, 1, 3)
     """
+    xp = array_namespace(v)
     ndim, channel_axis = _checked(ndim, channel_axis)
     if v.ndim != 1:
         raise ValueError(f"expected one value per channel, shape (C,), got shape {tuple(v.shape)}")
     shape = [1] * ndim
     shape[channel_axis] = v.shape[0]
-    return array_namespace(v).reshape(v, tuple(shape))
+    return xp.reshape(v, tuple(shape))
 
 
 def _checked(ndim: int, channel_axis: int) -> tuple[int, int]:

@@ -158,4 +158,5 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
 
 def _copy(images: Images) -> Images:
     """A copy, so that what a caller writes into it does not reach the next one."""
-    return Images(*(part.copy() for part in images[:4]), images.classes)
+    train_x, train_y, test_x, test_y, classes = images
+    return Images(train_x.copy(), train_y.copy(), test_x.copy(), test_y.copy(), classes)

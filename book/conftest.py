@@ -1,0 +1,66 @@
+"""nbval compares every stored output except pictures; this makes it compare those too.
+
+The pictures come from the same execution as the text. matplotlib ships its own rasteriser and
+fonts, so an unchanged figure gives the same pixels up to a last-bit difference between two CPUs,
+which moves the shade of a few pixels on an edge. A marker that moves changes more than that.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from nbval.plugin import IPyNbCell
+from PIL import Image
+
+SHADE = 8  # of 255: a smaller difference in a pixel is rounding
+SHARE = 1e-4  # of all pixels may differ by more than SHADE: 30 pixels of a 640 x 480 figure
+RASTER_TYPES = ("image/png", "image/jpeg")
+
+
+def pictures(outputs: list) -> list[bytes]:
+    """The pictures among the outputs of a cell, in order."""
+    return [
+        base64.b64decode(output["data"][kind])
+        for output in outputs
+        if "data" in output
+        for kind in RASTER_TYPES
+        if kind in output["data"]
+    ]
+
+
+def difference(stored: bytes, new: bytes) -> str | None:
+    """How two pictures differ beyond the tolerance, or None."""
+    a, b = (
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"), dtype=np.int16)
+        for data in (stored, new)
+    )
+    if a.shape != b.shape:
+        return f"the stored picture has (height, width) {a.shape[:2]}, the new one {b.shape[:2]}"
+    share = float((np.abs(a - b).max(axis=-1) > SHADE).mean())
+    if share > SHARE:
+        return f"{share:.3%} of the pixels differ by more than {SHADE}/255, allowed is {SHARE:.3%}"
+    return None
+
+
+def compare_pictures(stored: list[bytes], new: list[bytes]) -> str | None:
+    """How two lists of pictures differ, or None."""
+    if len(stored) != len(new):
+        return f"{len(stored)} pictures are stored, {len(new)} were drawn"
+    return next((d for pair in zip(stored, new, strict=True) if (d := difference(*pair))), None)
+
+
+_compare_text = IPyNbCell.compare_outputs
+
+
+def compare_outputs(self: IPyNbCell, test: list, ref: list, skip_compare=None) -> bool:
+    if not _compare_text(self, test, ref, skip_compare):
+        return False
+    problem = compare_pictures(pictures(ref), pictures(test))
+    if problem:
+        self.comparison_traceback.append(problem)
+    return problem is None
+
+
+IPyNbCell.compare_outputs = compare_outputs

@@ -1,0 +1,119 @@
+"""The small Sphinx extensions of the book: coloured axis letters, pictures with descriptions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import katex_build
+import pytest
+import sphinxcontrib.katex as katex
+from alt_text import alt_problem
+from axis_colors import color_comments, color_math
+
+ROOT = Path(__file__).resolve().parent.parent
+N, C, H, W = (rf"{{\htmlClass{{axis-{a.lower()}}}{{{a}}}}}" for a in "NCHW")
+
+
+@pytest.mark.parametrize(
+    ("latex", "expected"),
+    [
+        ("N", N),
+        ("m = N H W", f"m = {N} {H} {W}"),
+        (r"N\cdot H", rf"{N}\cdot {H}"),
+        ("x_N^2 + y_{C}", f"x_{N}^2 + y_{{{C}}}"),
+        (r"\sum_{n=1}^N x", rf"\sum_{{n=1}}^{N} x"),
+        (r"\frac{1}{N}", rf"\frac{{1}}{{{N}}}"),
+        (r"\begin{aligned} C &= 3 \\ H &= 2 \end{aligned}",
+         rf"\begin{{aligned}} {C} &= 3 \\ {H} &= 2 \end{{aligned}}"),
+        (r"\\N", rf"\\{N}"),
+    ],
+)  # fmt: skip
+def test_axis_letters_in_mathematics_are_colored(latex, expected):
+    assert color_math(latex) == expected
+
+
+@pytest.mark.parametrize(
+    "latex",
+    [
+        r"\mathbf{W} x",
+        r"\mathbf W x",
+        r"\mathrm{NCHW}",
+        r"\text{N samples}",
+        r"\mathcal{N}(0, 1)",
+        r"\operatorname{Cov}",
+        r"\operatorname*{C}",
+        "NHW",
+        r"\Nabla",
+        "x_i",
+        r"\tag{N}",
+        "",
+    ],
+)
+def test_other_letters_in_mathematics_are_left_alone(latex):
+    assert color_math(latex) == latex
+
+
+def test_axis_letters_in_comments_are_colored():
+    html = (
+        '<span class="n">N</span> <span class="c1"># N, C, H and W; an NCHW array, W&#39;s</span>'
+    )
+    colored = color_comments(html)
+    assert colored.startswith('<span class="n">N</span> ')
+    for axis in "NCHW":
+        assert colored.count(f'<span class="axis-{axis.lower()}">{axis}</span>') == (
+            2 if axis == "W" else 1
+        )
+    assert "an NCHW array" in colored
+    assert re.sub(r"</?span[^>]*>", "", colored) == re.sub(r"</?span[^>]*>", "", html)
+
+
+def test_katex_renders_with_the_node_that_pip_installed(monkeypatch):
+    monkeypatch.setattr(katex, "NODEJS_BINARY", katex_build.node_binary())
+    monkeypatch.setattr(
+        katex, "KATEX_DEFAULT_OPTIONS", {"throwOnError": True, "strict": False, "trust": True}
+    )
+    monkeypatch.setattr(katex.KaTeXServer, "katex_path", "katex.min.js")
+    monkeypatch.setenv("PATH", "")  # no other node can be found
+    html = katex_build.render_latex(r"\frac{x_N}{\sqrt{N^2}} = \mathbf{W}")
+    assert html.count('class="enclosing axis-n') == 2
+    assert r"<annotation encoding=" in html
+    assert r"\frac{x_N}{\sqrt{N^2}} = \mathbf{W}" in html  # what a reader copies is the source
+    assert "axis-w" not in html
+
+
+def test_formula_that_katex_cannot_parse_is_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr(katex, "NODEJS_BINARY", katex_build.node_binary())
+    monkeypatch.setattr(katex, "KATEX_DEFAULT_OPTIONS", {"throwOnError": True})
+    monkeypatch.setattr(katex.KaTeXServer, "katex_path", "katex.min.js")
+    messages = []
+    monkeypatch.setattr(katex_build.logger, "warning", lambda *a, **k: messages.append(a))
+    katex_build.render_latex(r"\frac{1}{")
+    assert len(messages) == 1
+
+
+def test_style_sheet_is_of_the_katex_that_renders():
+    css = (ROOT / "book" / "_static" / "katex" / "katex.min.css").read_text()
+    assert f'content:"{katex.katex_version}"' in css
+    fonts = set(re.findall(r"url\(([^)]+)\)", css))
+    assert fonts
+    assert all((ROOT / "book" / "_static" / "katex" / font).is_file() for font in fonts)
+
+
+@pytest.mark.parametrize(
+    ("alt", "uri"),
+    [
+        (None, ""),
+        ("  ", ""),
+        ("A plot.", ""),
+        ("figure-with-a-long-name-but-no-words", ""),
+        ("_build/jupyter_execute/ea6796430cb0d479eb6d32119d88a813.png", ""),
+        ("The picture of the axes is axes.png, as you see", "images/axes.png"),
+    ],
+)
+def test_missing_description_is_found(alt, uri):
+    assert alt_problem(alt, uri)
+
+
+def test_real_description_passes():
+    assert alt_problem("A block of cells; those of one channel are lit.", "images/axes.png") is None
