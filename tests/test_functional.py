@@ -15,7 +15,7 @@ torch_batch_norm = torch.nn.functional.batch_norm
 SHAPES = [(6, 3), (2, 1), (4, 3, 5), (2, 5, 4, 3), (9, 17, 7, 7), (2, 3, 2, 4, 3), (3, 2, 1, 1)]
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     return request.param
 

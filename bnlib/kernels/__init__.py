@@ -16,8 +16,15 @@ a tensor. This file needs torch alone; the modules are imported when they are fi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+
+def channels_are_neighbours(x: Tensor) -> bool:
+    """Return whether the channels of one position of ``x`` lie side by side in memory."""
+    return (x.stride(1) == 1 and x.shape[1] > 1) or math.prod(x.shape[2:]) == 1
 
 
 def empty_mask(x: Tensor) -> Tensor:
@@ -34,11 +41,13 @@ def empty_mask(x: Tensor) -> Tensor:
         x: shape (N, C, ...).
 
     Returns:
-        uint8 tensor of shape (C, R).
+        uint8 tensor of shape (C, R); its channels are neighbours in memory if those of ``x`` are.
     """
     channels = x.shape[1]
-    count = x.numel() // channels if channels else 0
-    return torch.empty((channels, -(-count // 8)), dtype=torch.uint8, device=x.device)
+    size = -(-x.numel() // (8 * channels)) if channels else 0
+    if channels_are_neighbours(x):
+        return torch.empty((size, channels), dtype=torch.uint8, device=x.device).t()
+    return torch.empty((channels, size), dtype=torch.uint8, device=x.device)
 
 
 def pack_mask(positive: Tensor) -> Tensor:
@@ -48,8 +57,7 @@ def pack_mask(positive: Tensor) -> Tensor:
     count = positive.numel() // max(channels, 1)
     flat = positive.transpose(0, 1).reshape(channels, count).to(torch.uint8)
     planes = torch.nn.functional.pad(flat, (0, 8 * size - count)).view(channels, 8, size)
-    torch.sum(planes << _bits(positive), dim=1, dtype=torch.uint8, out=mask)
-    return mask
+    return mask.copy_(torch.sum(planes << _bits(positive), dim=1, dtype=torch.uint8))
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -57,7 +65,7 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     channels, size = mask.shape
     samples, rest = x.shape[0], x.shape[2:]
     planes = (mask.unsqueeze(1) >> _bits(mask)) & 1
-    flat = planes.view(channels, 8 * size)[:, : x.numel() // max(channels, 1)]
+    flat = planes.reshape(channels, 8 * size)[:, : x.numel() // max(channels, 1)]
     return flat.reshape(channels, samples, *rest).transpose(0, 1).bool()
 
 

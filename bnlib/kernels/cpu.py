@@ -1,0 +1,955 @@
+"""The four primitives for CPU tensors, compiled by Numba.
+
+An input is looked at in one of two ways. *Rows*, (N, C, L): the L positions of one channel of one
+sample are contiguous (torch's usual layout). *Lanes*, (M, C): the C channels of one position are
+(channels_last, and every (N, C) input). Any other strides are copied to one of the two.
+
+The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
+results are merged in a fixed order: the bits do not depend on the number of threads. Statistics are
+taken in two passes over data that is still in the cache, in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import prange
+from numba.core import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from bnlib.kernels import channels_are_neighbours
+from bnlib.moments import Moments
+
+# How Numba sees the elements: it has no 16-bit floats, so those travel as integers.
+_STORED = {
+    torch.float32: (torch.float32, np.float32),
+    torch.float64: (torch.float64, np.float64),
+    torch.bfloat16: (torch.uint16, np.float32),
+    torch.float16: (torch.int16, np.float32),
+}
+_SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
+_HUGE_FROM = 1 << 22  # bytes
+
+
+def supports(x: Tensor) -> bool:
+    """Return whether these kernels take ``x``: a plain CPU tensor of one of four dtypes."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in _STORED
+        and x.layout == torch.strided
+    )
+
+
+# --- what runs on a thread ------------------------------------------------------------------------
+
+# Sums may be reordered and multiply-adds fused; NaN and infinity stay what they are.
+_FAST = {"reassoc", "contract", "nsz"}
+
+
+def _jit(function: Callable[..., Any], **options: Any) -> Any:
+    options |= {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to cache in, on a read-only install without a home
+        return numba.njit(**options)(function)
+
+
+class _Entry:
+    """A kernel that is started from Python, on one thread or on several."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.serial = _jit(function)
+        # Numba caches by name and source, not by options: the second needs a name of its own.
+        twin = FunctionType(function.__code__, function.__globals__, function.__name__ + "_parallel")
+        twin.__qualname__, twin.__module__ = twin.__name__, function.__module__
+        self.parallel = _jit(twin, parallel=True)
+
+    def __call__(self, elements: int, *args: Any) -> None:
+        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+        if threads == 1 or elements < _SERIAL_BELOW or _after_fork:
+            self.serial(*args)
+            return
+        global _thread_safe
+        # Until the first work has shown that Numba's layer of threads lets several callers in.
+        with contextlib.nullcontext() if _thread_safe else _lock:
+            before = numba.get_num_threads()
+            numba.set_num_threads(threads)
+            try:
+                self.parallel(*args)
+            finally:
+                numba.set_num_threads(before)
+            _thread_safe = numba.threading_layer() in ("omp", "tbb")
+
+
+_lock = threading.Lock()
+_thread_safe = False
+_after_fork = False  # OpenMP's threads do not live on in a forked child
+
+
+def _forked() -> None:
+    global _after_fork, _lock
+    _after_fork, _lock = True, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+if numba.config.THREADING_LAYER == "default":
+    # With OpenMP first, torch and Numba share one pool of threads.
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+@intrinsic
+def _up(typingctx, v):
+    """An element as a number to compute with: 16-bit floats (see _STORED) as float32."""
+    if isinstance(v, types.Float):
+        return v(v), lambda context, builder, signature, args: args[0]
+
+    def convert(context, builder, signature, args):
+        if v == types.uint16:
+            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+            return builder.bitcast(wide, ir.FloatType())
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(v), convert
+
+
+@intrinsic
+def _down(typingctx, array, v):
+    """A number as an element of ``array``, rounded to nearest even."""
+    stored = array.dtype
+    if isinstance(stored, types.Float):
+        return stored(array, v), lambda context, builder, signature, args: context.cast(
+            builder, args[1], v, stored
+        )
+
+    def convert(context, builder, signature, args):
+        value = context.cast(builder, args[1], v, types.float32)
+        if stored == types.int16:
+            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+        bits = builder.bitcast(value, ir.IntType(32))
+        odd = builder.and_(builder.lshr(bits, ir.IntType(32)(16)), ir.IntType(32)(1))
+        rounded = builder.add(bits, builder.add(odd, ir.IntType(32)(0x7FFF)))
+        high = builder.trunc(builder.lshr(rounded, ir.IntType(32)(16)), ir.IntType(16))
+        nan = builder.fcmp_unordered("uno", value, value)
+        return builder.select(nan, ir.IntType(16)(0x7FC0), high)
+
+    return stored(array, v), convert
+
+
+@_jit
+def _merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Chan's merge of two parts, as :func:`bnlib.merge`."""
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    share = count_b / count
+    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
+
+
+# Rows: one contiguous run of one channel.
+
+
+@_jit
+def _row_sum(x):
+    total = 0.0
+    for i in range(x.size):
+        total += np.float64(_up(x[i]))
+    return total
+
+
+@_jit
+def _row_deviations(x, mean):
+    rest, m2 = 0.0, 0.0
+    for i in range(x.size):
+        d = np.float64(_up(x[i])) - mean
+        rest += d
+        m2 += d * d
+    return rest, m2
+
+
+@_jit
+def _row_apply(x, residual, y, mean, scale, bias, relu):
+    zero = type(mean)(0)
+    if residual.size:
+        for i in range(x.size):
+            v = (_up(x[i]) - mean) * scale + bias + _up(residual[i])
+            y[i] = _down(y, zero if relu and v <= zero else v)
+    else:
+        for i in range(x.size):
+            v = (_up(x[i]) - mean) * scale + bias
+            y[i] = _down(y, zero if relu and v <= zero else v)
+
+
+@_jit
+def _row_apply_masked(x, residual, y, mask, bit, mean, scale, bias):
+    """As _row_apply with ReLU; also set this bit of the mask where y is not cut off."""
+    zero = type(mean)(0)
+    keep = np.uint8((1 << bit) - 1)  # the bits below, which are there already
+    one = np.uint8(1 << bit)
+    for i in range(x.size):
+        v = (_up(x[i]) - mean) * scale + bias
+        if residual.size:
+            v += _up(residual[i])
+        cut = v <= zero
+        y[i] = _down(y, zero if cut else v)
+        mask[i] = (mask[i] & keep) | (np.uint8(0) if cut else one)
+
+
+@_jit
+def _row_gradient_sums(dy, x, mean):
+    sum_dy, sum_dy_d = 0.0, 0.0
+    for i in range(x.size):
+        g = np.float64(_up(dy[i]))
+        sum_dy += g
+        sum_dy_d += g * (np.float64(_up(x[i])) - mean)
+    return sum_dy, sum_dy_d
+
+
+@_jit
+def _row_gradient_sums_masked(dy, x, mask, bit, mean):
+    sum_dy, sum_dy_d = 0.0, 0.0
+    one = np.uint8(1 << bit)
+    for i in range(x.size):
+        g = np.float64(_up(dy[i])) if mask[i] & one else 0.0
+        sum_dy += g
+        sum_dy_d += g * (np.float64(_up(x[i])) - mean)
+    return sum_dy, sum_dy_d
+
+
+@_jit
+def _row_gradient(dy, x, dx, mean, a, b, c):
+    for i in range(x.size):
+        dx[i] = _down(dx, a * _up(dy[i]) + (b * (_up(x[i]) - mean) + c))
+
+
+@_jit
+def _row_gradient_masked(dy, x, dx, dresidual, mask, bit, mean, a, b, c):
+    zero = type(mean)(0)
+    one = np.uint8(1 << bit)
+    if dresidual.size:
+        for i in range(x.size):
+            g = _up(dy[i]) if mask[i] & one else zero
+            dresidual[i] = _down(dresidual, g)
+            dx[i] = _down(dx, a * g + (b * (_up(x[i]) - mean) + c))
+    else:
+        for i in range(x.size):
+            g = _up(dy[i]) if mask[i] & one else zero
+            dx[i] = _down(dx, a * g + (b * (_up(x[i]) - mean) + c))
+
+
+@_jit
+def _range(task, tasks, size):
+    """The part of 0 .. size that belongs to a task."""
+    return task * size // tasks, (task + 1) * size // tasks
+
+
+@_jit
+def _rows_moments(x, c0, c1, n0, n1, out):
+    """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, in two passes, to ``out[c]``."""
+    for c in range(c0, c1):
+        out[c, 0] = 0.0
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            out[c, 0] += _row_sum(x[n, c])
+    count = (n1 - n0) * x.shape[2]
+    rest = np.zeros(c1 - c0)
+    for c in range(c0, c1):
+        out[c, 0] /= count
+        out[c, 1] = 0.0
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            d, d2 = _row_deviations(x[n, c], out[c, 0])
+            rest[c - c0] += d
+            out[c, 1] += d2
+    for c in range(c0, c1):
+        r = rest[c - c0] / count
+        out[c, 0] += r
+        out[c, 1] -= count * r * r
+
+
+@_jit
+def _finish(c, count, mean, m2, eps, stats):
+    """Mean, m2 and inv_std of one channel, rounded to the dtype of ``stats``."""
+    stats[0, c], stats[1, c] = mean, m2
+    stats[2, c] = 1 / np.sqrt(m2 / count + eps)
+
+
+@_jit
+def _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1):
+    size, bytes_ = x.shape[2], mask.shape[1]
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            mean, scale, b = stats[0, c], stats[2, c] * weight[c], bias[c]
+            res = residual[n, c] if residual.size else residual[0, 0]
+            if bytes_ == 0:
+                _row_apply(x[n, c], res, y[n, c], mean, scale, b, relu)
+                continue
+            i = 0
+            while i < size:  # as many pieces as there are bits in this row
+                bit, j = divmod(n * size + i, bytes_)
+                k = min(size, i + bytes_ - j)
+                part = res[i:k] if residual.size else res
+                m = mask[c, j : j + k - i]
+                _row_apply_masked(x[n, c, i:k], part, y[n, c, i:k], m, bit, mean, scale, b)
+                i = k
+
+
+def _rows_forward(
+    x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply, blocks, splits
+):
+    samples, channels, size = x.shape
+    if measure:
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            n0, n1 = _range(task % splits, splits, samples)
+            _rows_moments(x, c0, c1, n0, n1, partial[task % splits])
+            if splits == 1:
+                for c in range(c0, c1):
+                    _finish(c, samples * size, partial[0, c, 0], partial[0, c, 1], eps, stats)
+                if apply:
+                    _rows_normalize(
+                        x, residual, y, mask, weight, bias, stats, relu, c0, c1, 0, samples
+                    )
+        if splits > 1:
+            for c in range(channels):
+                count, mean, m2 = 0, 0.0, 0.0
+                for s in range(splits):
+                    n0, n1 = _range(s, splits, samples)
+                    part = (n1 - n0) * size
+                    count, mean, m2 = _merge(
+                        count, mean, m2, part, partial[s, c, 0], partial[s, c, 1]
+                    )
+                _finish(c, count, mean, m2, eps, stats)
+    if apply and (splits > 1 or not measure):
+        # The samples of one channel share the bytes of its mask.
+        cuts = 1 if mask.size else splits
+        for index in prange(blocks * cuts):
+            task = np.int64(index)
+            c0, c1 = _range(task // cuts, blocks, channels)
+            n0, n1 = _range(task % cuts, cuts, samples)
+            _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1)
+
+
+@_jit
+def _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out):
+    size, bytes_ = x.shape[2], mask.shape[1]
+    for c in range(c0, c1):
+        out[c, 0] = out[c, 1] = 0.0
+    for n in range(n0, n1):
+        for c in range(c0, c1):
+            mean = np.float64(stats[0, c])
+            if bytes_ == 0:
+                s, sd = _row_gradient_sums(dy[n, c], x[n, c], mean)
+                out[c, 0] += s
+                out[c, 1] += sd
+                continue
+            i = 0
+            while i < size:
+                bit, j = divmod(n * size + i, bytes_)
+                k = min(size, i + bytes_ - j)
+                m = mask[c, j : j + k - i]
+                s, sd = _row_gradient_sums_masked(dy[n, c, i:k], x[n, c, i:k], m, bit, mean)
+                out[c, 0] += s
+                out[c, 1] += sd
+                i = k
+
+
+@_jit
+def _coefficients(c, weight, stats, sums, count):
+    """dx = a dy + b (x - mean) + c of one channel."""
+    inv_std = np.float64(stats[2, c])
+    a = weight[c] * inv_std
+    return a, -a * inv_std * sums[1, c] / count, -a * sums[0, c] / count
+
+
+@_jit
+def _rows_gradient(dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1):
+    size, bytes_ = x.shape[2], mask.shape[1]
+    for n in range(n0, n1):
+        for ch in range(c0, c1):
+            mean = stats[0, ch]
+            a64, b64, c64 = _coefficients(ch, weight, stats, sums, count)
+            a, b, c = type(mean)(a64), type(mean)(b64), type(mean)(c64)
+            if bytes_ == 0:
+                _row_gradient(dy[n, ch], x[n, ch], dx[n, ch], mean, a, b, c)
+                continue
+            dres = dresidual[n, ch] if dresidual.size else dresidual[0, 0]
+            i = 0
+            while i < size:
+                bit, j = divmod(n * size + i, bytes_)
+                k = min(size, i + bytes_ - j)
+                part = dres[i:k] if dresidual.size else dres
+                m = mask[ch, j : j + k - i]
+                _row_gradient_masked(
+                    dy[n, ch, i:k], x[n, ch, i:k], dx[n, ch, i:k], part, m, bit, mean, a, b, c
+                )
+                i = k
+
+
+def _rows_backward(
+    dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply, blocks, splits
+):
+    samples, channels, size = x.shape
+    if measure:
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            n0, n1 = _range(task % splits, splits, samples)
+            out = partial[task % splits]
+            _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out)
+            if splits == 1:
+                for c in range(c0, c1):
+                    sums[0, c], sums[1, c] = out[c, 0], out[c, 1] * stats[2, c]
+                if apply:
+                    _rows_gradient(
+                        dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, 0, samples
+                    )
+        if splits > 1:
+            for c in range(channels):
+                s, sd = 0.0, 0.0
+                for part in range(splits):
+                    s += partial[part, c, 0]
+                    sd += partial[part, c, 1]
+                sums[0, c], sums[1, c] = s, sd * stats[2, c]
+    if apply and (splits > 1 or not measure):
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            n0, n1 = _range(task % splits, splits, samples)
+            _rows_gradient(
+                dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1
+            )
+
+
+# Lanes: the channels of one position are contiguous, loops run over them.
+
+
+@_jit
+def _lanes_moments(x, r0, r1, c0, c1, step, out):
+    """Mean and m2 of rows r0 .. r1, ``step`` rows (which stay in the cache) at a time."""
+    total = np.empty(c1 - c0)
+    rest = np.empty(c1 - c0)
+    square = np.empty(c1 - c0)
+    for c in range(c0, c1):
+        out[c, 0] = out[c, 1] = 0.0
+    for i0 in range(r0, r1, step):
+        i1 = min(i0 + step, r1)
+        count = i1 - i0
+        total[:] = 0.0
+        for r in range(i0, i1):
+            for c in range(c0, c1):
+                total[c - c0] += np.float64(_up(x[r, c]))
+        total /= count
+        rest[:] = 0.0
+        square[:] = 0.0
+        for r in range(i0, i1):
+            for c in range(c0, c1):
+                d = np.float64(_up(x[r, c])) - total[c - c0]
+                rest[c - c0] += d
+                square[c - c0] += d * d
+        before = i0 - r0
+        share = count / (before + count)
+        for c in range(c0, c1):
+            k = c - c0
+            extra = rest[k] / count
+            mean = total[k] + extra
+            delta = mean - out[c, 0]
+            out[c, 0] += delta * share
+            out[c, 1] += square[k] - count * extra * extra + delta * delta * before * share
+
+
+@_jit
+def _lanes_normalize(x, residual, y, mask, stats, scale, bias, relu, r0, r1, c0, c1):
+    zero = type(bias[0])(0)
+    if mask.size == 0:
+        for r in range(r0, r1):
+            if residual.size:
+                for c in range(c0, c1):
+                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c] + _up(residual[r, c])
+                    y[r, c] = _down(y, zero if relu and v <= zero else v)
+            else:
+                for c in range(c0, c1):
+                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c]
+                    y[r, c] = _down(y, zero if relu and v <= zero else v)
+        return
+    rows, bytes_ = x.shape[0], mask.shape[0]
+    for j in range(r0, r1):  # here r0 .. r1 are rows of the mask
+        for bit in range(8):
+            r = bit * bytes_ + j
+            if r >= rows:
+                break
+            one, keep = np.uint8(1 << bit), np.uint8((1 << bit) - 1)
+            if residual.size:
+                for c in range(c0, c1):
+                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c] + _up(residual[r, c])
+                    cut = v <= zero
+                    y[r, c] = _down(y, zero if cut else v)
+                    mask[j, c] = (mask[j, c] & keep) | (np.uint8(0) if cut else one)
+            else:
+                for c in range(c0, c1):
+                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c]
+                    cut = v <= zero
+                    y[r, c] = _down(y, zero if cut else v)
+                    mask[j, c] = (mask[j, c] & keep) | (np.uint8(0) if cut else one)
+
+
+def _lanes_forward(
+    x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply, blocks, splits
+):
+    rows, channels = x.shape
+    step = max(8, 65536 // max(1, channels // blocks))
+    if measure:
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            r0, r1 = _range(task % splits, splits, rows)
+            _lanes_moments(x, r0, r1, c0, c1, step, partial[task % splits])
+        for index in prange(blocks):
+            c0, c1 = _range(np.int64(index), blocks, channels)
+            for c in range(c0, c1):
+                count, mean, m2 = 0, 0.0, 0.0
+                for s in range(splits):
+                    r0, r1 = _range(s, splits, rows)
+                    count, mean, m2 = _merge(
+                        count, mean, m2, r1 - r0, partial[s, c, 0], partial[s, c, 1]
+                    )
+                _finish(c, count, mean, m2, eps, stats)
+    if apply:
+        scale = stats[2] * weight
+        height = mask.shape[0] if mask.size else rows
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            r0, r1 = _range(task % splits, splits, height)
+            _lanes_normalize(x, residual, y, mask, stats, scale, bias, relu, r0, r1, c0, c1)
+
+
+@_jit
+def _lanes_gradient_sums(dy, x, mask, stats, r0, r1, c0, c1, out):
+    for c in range(c0, c1):
+        out[c, 0] = out[c, 1] = 0.0
+    total = np.zeros(c1 - c0)
+    total_d = np.zeros(c1 - c0)
+    mean = np.empty(c1 - c0)
+    for c in range(c0, c1):
+        mean[c - c0] = stats[0, c]
+    if mask.size == 0:
+        for r in range(r0, r1):
+            for c in range(c0, c1):
+                g = np.float64(_up(dy[r, c]))
+                total[c - c0] += g
+                total_d[c - c0] += g * (np.float64(_up(x[r, c])) - mean[c - c0])
+    else:
+        rows, bytes_ = x.shape[0], mask.shape[0]
+        for j in range(r0, r1):
+            for bit in range(8):
+                r = bit * bytes_ + j
+                if r >= rows:
+                    break
+                one = np.uint8(1 << bit)
+                for c in range(c0, c1):
+                    g = np.float64(_up(dy[r, c])) if mask[j, c] & one else 0.0
+                    total[c - c0] += g
+                    total_d[c - c0] += g * (np.float64(_up(x[r, c])) - mean[c - c0])
+    for c in range(c0, c1):
+        out[c, 0] = total[c - c0]
+        out[c, 1] = total_d[c - c0]
+
+
+@_jit
+def _lanes_gradient(dy, x, dx, dresidual, mask, stats, a, b, c_, r0, r1, c0, c1):
+    zero = type(a[0])(0)
+    if mask.size == 0:
+        for r in range(r0, r1):
+            for c in range(c0, c1):
+                v = a[c] * _up(dy[r, c]) + (b[c] * (_up(x[r, c]) - stats[0, c]) + c_[c])
+                dx[r, c] = _down(dx, v)
+        return
+    rows, bytes_ = x.shape[0], mask.shape[0]
+    for j in range(r0, r1):
+        for bit in range(8):
+            r = bit * bytes_ + j
+            if r >= rows:
+                break
+            one = np.uint8(1 << bit)
+            for c in range(c0, c1):
+                g = _up(dy[r, c]) if mask[j, c] & one else zero
+                dx[r, c] = _down(dx, a[c] * g + (b[c] * (_up(x[r, c]) - stats[0, c]) + c_[c]))
+            if dresidual.size:
+                for c in range(c0, c1):
+                    g = _up(dy[r, c]) if mask[j, c] & one else zero
+                    dresidual[r, c] = _down(dresidual, g)
+
+
+def _lanes_backward(
+    dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply, blocks, splits
+):
+    rows, channels = x.shape
+    height = mask.shape[0] if mask.size else rows
+    if measure:
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            r0, r1 = _range(task % splits, splits, height)
+            _lanes_gradient_sums(dy, x, mask, stats, r0, r1, c0, c1, partial[task % splits])
+        for index in prange(blocks):
+            c0, c1 = _range(np.int64(index), blocks, channels)
+            for c in range(c0, c1):
+                s, sd = 0.0, 0.0
+                for part in range(splits):
+                    s += partial[part, c, 0]
+                    sd += partial[part, c, 1]
+                sums[0, c], sums[1, c] = s, sd * stats[2, c]
+    if apply:
+        factors = np.empty_like(stats)
+        for c in range(channels):
+            factors[0, c], factors[1, c], factors[2, c] = _coefficients(
+                c, weight, stats, sums, count
+            )
+        for index in prange(blocks * splits):
+            task = np.int64(index)
+            c0, c1 = _range(task // splits, blocks, channels)
+            r0, r1 = _range(task % splits, splits, height)
+            _lanes_gradient(
+                dy, x, dx, dresidual, mask, stats,
+                factors[0], factors[1], factors[2], r0, r1, c0, c1,
+            )  # fmt: skip
+
+
+# --- what torch sees ------------------------------------------------------------------------------
+
+_rows = (_Entry(_rows_forward), _Entry(_rows_backward))
+_lanes = (_Entry(_lanes_forward), _Entry(_lanes_backward))
+
+
+class _Plan(NamedTuple):
+    """How an input is looked at, and how its work is cut: a function of shape and strides alone."""
+
+    lanes: bool
+    view: tuple[int, ...]  # shape for the kernel: (N, C, L) or (M, C)
+    strides: tuple[int, ...]
+    blocks: int  # cuts of the channels
+    splits: int  # cuts of the samples or rows
+
+
+@functools.lru_cache(maxsize=1024)
+def _cut(lanes: bool, samples: int, channels: int, size: int) -> _Plan:
+    if lanes:
+        rows = samples * size
+        blocks = -(-channels // 512)
+        splits = max(1, min(rows, 64, rows * (channels // blocks) >> 14))
+        return _Plan(True, (rows, channels), (channels, 1), blocks, splits)
+    # A block reads at least 1024 neighbours at a time and, if it can, fits into the L2 cache.
+    elements = samples * channels * size
+    blocks = min(channels, max(16, channels * size >> 10, elements >> 17))
+    splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
+    view, strides = (samples, channels, size), (channels * size, size, 1)
+    return _Plan(False, view, strides, blocks, splits)
+
+
+def _plan(x: Tensor) -> _Plan:
+    size = math.prod(x.shape[2:])
+    return _cut(channels_are_neighbours(x), x.shape[0], x.shape[1], size)
+
+
+def _lay_out(t: Tensor, plan: _Plan) -> Tensor:
+    """``t`` itself if it already lies in memory as the plan has it, else a copy that does."""
+    if not plan.lanes:
+        return t.contiguous()
+    if t.dim() == 2:
+        return t.contiguous()
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _array(t: Tensor | None, plan: _Plan, like: Tensor) -> np.ndarray:
+    """The tensor as the kernel's array, without a copy; an array of size 0 for nothing."""
+    stored = _STORED[like.dtype][0]
+    if t is None:
+        return _nothing(stored, len(plan.view))
+    t = t.detach().as_strided(plan.view, plan.strides)
+    return (t if t.dtype == stored else t.view(stored)).numpy()
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, ndim: int) -> np.ndarray:
+    return torch.empty((0 if ndim == 2 else 1,) * (ndim - 1) + (0,), dtype=dtype).numpy()
+
+
+def _bytes(mask: Tensor | None, plan: _Plan) -> np.ndarray:
+    if mask is None:
+        return _nothing(torch.uint8, 2)
+    return (mask.t() if plan.lanes else mask).numpy()
+
+
+def _vector(v: Tensor | None, default: float, x: Tensor) -> np.ndarray:
+    """One value per channel, in the dtype to compute with."""
+    dtype = _STORED[x.dtype][1]
+    if v is None:
+        return np.full(x.shape[1], default, dtype)
+    return v.detach().contiguous().numpy().astype(dtype, copy=False) if v.dtype in (
+        torch.float32, torch.float64) else v.detach().float().numpy().astype(dtype, copy=False)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Return an uninitialised tensor like ``x``, on huge pages if it is large.
+
+    Linux by default hands out huge pages to those who ask; PyTorch does not, and takes a page
+    fault for every 4 KiB of a large output.
+    """
+    t = torch.empty_like(x)
+    if _madvise is not None and t.nbytes >= _HUGE_FROM:
+        start = -(-t.data_ptr() // 4096) * 4096
+        _madvise(start, t.data_ptr() + t.nbytes - start, 14)  # MADV_HUGEPAGE
+    return t
+
+
+def _find_madvise() -> Any:
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise
+
+
+_madvise = _find_madvise()
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: np.ndarray,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    mask: Tensor | None,
+    measure: bool,
+    apply: bool,
+) -> Tensor | None:
+    plan = _plan(x)
+    x = _lay_out(x, plan)
+    y = empty_like(x) if apply else None
+    if x.numel() == 0:
+        stats[:2] = 0
+        return y
+    residual = None if residual is None else _lay_out(residual, plan)
+    x_array = _array(x, plan, x)
+    partial = np.empty((plan.splits, x.shape[1] if measure else 0, 2))
+    (_lanes if plan.lanes else _rows)[0](
+        x.numel(),
+        x_array,
+        _array(residual, plan, x),
+        _array(y, plan, x),
+        _bytes(mask, plan),
+        _vector(weight, 1, x),
+        _vector(bias, 0, x),
+        stats,
+        partial,
+        eps,
+        relu,
+        measure,
+        apply,
+        plan.blocks,
+        plan.splits,
+    )
+    return y
+
+
+def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> np.ndarray:
+    stats = np.empty((3, x.shape[1]), _STORED[x.dtype][1])
+    if mean is not None and inv_std is not None:
+        stats[0], stats[2] = mean.detach().numpy(), inv_std.detach().numpy()
+    return stats
+
+
+def _count(x: Tensor) -> int:
+    return x.numel() // max(x.shape[1], 1)
+
+
+def moments(x: Tensor, channel_axis: int = 1) -> Moments:
+    """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`."""
+    x, stats = x.movedim(channel_axis, 1), None
+    stats = _stats(x)
+    _forward(x, None, None, stats, 1.0, None, False, None, True, False)
+    return Moments(_count(x), *torch.from_numpy(stats)[:2].unbind())
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    channel_axis: int = 1,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return γ (x - mean) inv_std + β, see :func:`bnlib.reference.normalize`, and what is fused.
+
+    Args:
+        x, mean, inv_std, weight, bias, channel_axis: as in the reference.
+        residual: added before the activation; shape and dtype of ``x``.
+        relu: apply ReLU.
+        mask: from ``empty_mask``, filled with the bits of y > 0 (or NaN); needs ``relu``.
+
+    Returns:
+        Tensor of the shape, dtype and memory format of ``x``.
+    """
+    x = x.movedim(channel_axis, 1)
+    residual = None if residual is None else residual.movedim(channel_axis, 1)
+    stats = _stats(x, mean, inv_std)
+    y = _forward(x, weight, bias, stats, 0.0, residual, relu, mask, False, True)
+    assert y is not None
+    return y.movedim(1, channel_axis)
+
+
+def moments_and_normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Moments, Tensor]:
+    """Return ``(y, Moments, inv_std)``: both steps of a channel while it is in the cache."""
+    stats = _stats(x)
+    y = _forward(x, weight, bias, stats, eps, residual, relu, mask, True, True)
+    assert y is not None
+    mean, m2, inv_std = torch.from_numpy(stats).unbind()
+    return y, Moments(_count(x), mean, m2), inv_std
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: np.ndarray,
+    sums: np.ndarray,
+    count: int,
+    mask: Tensor | None,
+    dresidual: Tensor | None,
+    measure: bool,
+    apply: bool,
+) -> Tensor | None:
+    plan = _plan(x)
+    x, dy = _lay_out(x, plan), _lay_out(dy, plan)
+    dx = empty_like(x) if apply else None
+    if x.numel() == 0:
+        if measure:
+            sums[:] = 0
+        return dx
+    partial = np.empty((plan.splits, x.shape[1] if measure else 0, 2))
+    (_lanes if plan.lanes else _rows)[1](
+        x.numel(),
+        _array(dy, plan, x),
+        _array(x, plan, x),
+        _array(dx, plan, x),
+        _array(dresidual, plan, x),
+        _bytes(mask, plan),
+        _vector(weight, 1, x),
+        stats,
+        sums,
+        partial,
+        count,
+        measure,
+        apply,
+        plan.blocks,
+        plan.splits,
+    )
+    return dx
+
+
+def grad_sums(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    channel_axis: int = 1,
+    *,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return Σ dy and Σ dy x̂ per channel, see :func:`bnlib.reference.grad_sums`.
+
+    Args:
+        dy, x, mean, inv_std, channel_axis: as in the reference.
+        mask: where it is 0, ``dy`` counts as 0.
+
+    Returns:
+        ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
+    """
+    x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
+    sums = np.empty((2, x.shape[1]), _STORED[x.dtype][1])
+    _backward(dy, x, None, _stats(x, mean, inv_std), sums, 1, mask, None, True, False)
+    first, second = torch.from_numpy(sums).unbind()
+    return first, second
+
+
+def grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_x_hat: Tensor,
+    count: int,
+    channel_axis: int = 1,
+    *,
+    mask: Tensor | None = None,
+    dresidual: Tensor | None = None,
+) -> Tensor:
+    """Return the gradient with respect to the input, see :func:`bnlib.reference.grad_input`.
+
+    Args:
+        dy, x, mean, inv_std, weight, sum_dy, sum_dy_x_hat, count, channel_axis: as there.
+        mask: where it is 0, ``dy`` counts as 0.
+        dresidual: from ``empty_like(x)``, filled with the masked ``dy``; needs ``mask``.
+
+    Returns:
+        Tensor of the shape, dtype and memory format of ``x``.
+    """
+    x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
+    sums = np.empty((2, x.shape[1]), _STORED[x.dtype][1])
+    sums[0], sums[1] = sum_dy.detach().numpy(), sum_dy_x_hat.detach().numpy()
+    stats = _stats(x, mean, inv_std)
+    dx = _backward(dy, x, weight, stats, sums, max(count, 1), mask, dresidual, False, True)
+    assert dx is not None
+    return dx.movedim(1, channel_axis)
+
+
+def grad_sums_and_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    count: int,
+    *,
+    mask: Tensor | None = None,
+    dresidual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
+    sums = np.empty((2, x.shape[1]), _STORED[x.dtype][1])
+    stats = _stats(x, mean, inv_std)
+    dx = _backward(dy, x, weight, stats, sums, max(count, 1), mask, dresidual, True, True)
+    assert dx is not None
+    first, second = torch.from_numpy(sums).unbind()
+    return dx, first, second
