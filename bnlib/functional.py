@@ -338,7 +338,7 @@ def _normalize(
     if residual is not None:
         y = y + residual
     if mask is not None:
-        mask.copy_(pack_mask(~(y <= 0)))  # NaN counts as positive, as in torch
+        mask.copy_(pack_mask(~(y <= 0), x))  # NaN counts as positive, as in torch
     return torch.relu(y) if relu else y
 
 

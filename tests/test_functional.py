@@ -386,9 +386,11 @@ def test_fused_keeps_x_and_at_most_a_bit_per_element(shape, backend):
 
 
 def test_mask_round_trip():
-    for shape in [(3, 5, 7, 7), (1, 2), (8, 3, 4), (0, 3, 2), (2, 0, 3)]:
+    for shape in [(3, 5, 7, 7), (1, 2), (9, 3), (8, 3, 4), (16, 2, 3, 1), (0, 3, 2), (2, 0, 3)]:
         positive = torch.rand(shape) > 0.5
-        assert torch.equal(unpack_mask(pack_mask(positive), positive), positive)
+        assert torch.equal(unpack_mask(pack_mask(positive, positive), positive), positive)
+        positive = positive.movedim(1, -1).contiguous().movedim(-1, 1)
+        assert torch.equal(unpack_mask(pack_mask(positive, positive), positive), positive)
 
 
 def test_relu_passes_nan_as_torch(backend):

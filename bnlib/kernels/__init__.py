@@ -28,46 +28,60 @@ def channels_are_neighbours(x: Tensor) -> bool:
 
 
 def empty_mask(x: Tensor) -> Tensor:
-    """Return an uninitialised ReLU mask for ``x``: a bit per element, channels padded to bytes.
+    """Return an uninitialised ReLU mask for ``x``, a bit per element.
 
-    ::
+    The eight bits of a byte belong to elements that are far apart, so that neighbours in memory
+    lie in neighbouring bytes under the same bit, and loops over them vectorise::
 
-        R = ⌈m / 8⌉ bytes per channel;  element e = k R + j of a channel is bit k of byte j
+        channels are neighbours:  (R, C),    bit r // R of byte (r % R, c),  R = ⌈M/8⌉ of M positions
+        N is divisible by 8:      (J, C, L), bit n // J of byte (n % J, c, l),  J = N/8
+        otherwise:                (C, R),    bit e // R of byte (c, e % R),  e = n L + l,  R = ⌈N L/8⌉
 
-    where the m elements of a channel are numbered in the order (N, ...). Neighbours in memory
-    thus lie in neighbouring bytes, under the same bit: loops over them vectorise.
+    The last byte of a channel may be padded; nothing else is.
 
     Args:
-        x: shape (N, C, ...).
+        x: shape (N, C, ...); L is the product of the lengths after C.
 
     Returns:
-        uint8 tensor of shape (C, R); its channels are neighbours in memory if those of ``x`` are.
+        uint8 tensor of the shape above.
     """
-    channels = x.shape[1]
-    size = -(-x.numel() // (8 * channels)) if channels else 0
+    samples, channels = x.shape[:2]
+    size = math.prod(x.shape[2:])
+    shape: tuple[int, ...] = (channels, -(-samples * size // 8))
     if channels_are_neighbours(x):
-        return torch.empty((size, channels), dtype=torch.uint8, device=x.device).t()
-    return torch.empty((channels, size), dtype=torch.uint8, device=x.device)
+        shape = shape[::-1]
+    elif samples % 8 == 0:
+        shape = (samples // 8, channels, size)
+    return torch.empty(shape, dtype=torch.uint8, device=x.device)
 
 
-def pack_mask(positive: Tensor) -> Tensor:
-    """Return the mask (see :func:`empty_mask`) of a bool tensor of shape (N, C, ...)."""
-    mask = empty_mask(positive)
-    channels, size = mask.shape
-    count = positive.numel() // max(channels, 1)
-    flat = positive.transpose(0, 1).reshape(channels, count).to(torch.uint8)
-    planes = torch.nn.functional.pad(flat, (0, 8 * size - count)).view(channels, 8, size)
-    return mask.copy_(torch.sum(planes << _bits(positive), dim=1, dtype=torch.uint8))
+def pack_mask(positive: Tensor, x: Tensor) -> Tensor:
+    """Return the mask (see :func:`empty_mask`) for ``x`` of a bool tensor of its shape."""
+    mask = empty_mask(x)
+    if channels_are_neighbours(x) or mask.dim() == 3:
+        flat = positive.movedim(1, -1).flatten() if mask.dim() == 2 else positive.flatten()
+        flat = torch.nn.functional.pad(flat, (0, 8 * mask.numel() - flat.numel()))
+        planes = flat.view(8, *mask.shape)
+    else:
+        channels, size = mask.shape
+        flat = positive.transpose(0, 1).reshape(channels, x.numel() // max(channels, 1))
+        flat = torch.nn.functional.pad(flat, (0, 8 * size - flat.shape[1]))
+        planes = flat.view(channels, 8, size).transpose(0, 1)
+    return mask.copy_(torch.sum(planes << _bits(planes), dim=0, dtype=torch.uint8))
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return the bool tensor of the shape of ``x`` that :func:`pack_mask` packed."""
-    channels, size = mask.shape
-    samples, rest = x.shape[0], x.shape[2:]
-    planes = (mask.unsqueeze(1) >> _bits(mask)) & 1
-    flat = planes.reshape(channels, 8 * size)[:, : x.numel() // max(channels, 1)]
-    return flat.reshape(channels, samples, *rest).transpose(0, 1).bool()
+    planes = (mask.unsqueeze(0) >> _bits(mask.unsqueeze(0)) & 1).bool()
+    if channels_are_neighbours(x):
+        samples, channels, *rest = x.shape
+        return planes.flatten()[: x.numel()].view(samples, *rest, channels).movedim(-1, 1)
+    if mask.dim() == 3:
+        return planes.view(x.shape)
+    flat = planes.transpose(0, 1).flatten(1)[:, : x.numel() // max(x.shape[1], 1)]
+    return flat.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
 
 
-def _bits(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device).view(1, 8, 1)
+def _bits(planes: Tensor) -> Tensor:
+    bits = torch.arange(8, dtype=torch.uint8, device=planes.device)
+    return bits.view(8, *(1,) * (planes.dim() - 1))

@@ -1,12 +1,16 @@
 """The four primitives for CPU tensors, compiled by Numba.
 
-An input is looked at in one of two ways. *Rows*, (N, C, L): the L positions of one channel of one
-sample are contiguous (torch's usual layout). *Lanes*, (M, C): the C channels of one position are
-(channels_last, and every (N, C) input). Any other strides are copied to one of the two.
+An input is looked at in one of two ways. *Rows*, (N, C, L): loops run over the L neighbours of one
+channel of one sample. *Panels*, (M, K): loops run over neighbours that belong to different channels,
+each with sums of its own; so are channels_last and (N, C) inputs and short rows. Any strides that
+are neither contiguous nor channels_last are copied first.
 
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
-results are merged in a fixed order: the bits do not depend on the number of threads. Statistics are
-taken in two passes over data that is still in the cache, in float64.
+results are merged in a fixed order: the bits do not depend on the number of threads.
+
+Statistics are float64 sums of d and d², where d = x - x₀ is the distance from the task's first value
+of the channel. That is not E[x²] - E[x]²: x₀ is one of the n values, so (x₀ - mean)² <= n σ², and the
+relative error of the variance is at most about n 2⁻⁵³, however large the mean.
 """
 
 from __future__ import annotations
@@ -160,25 +164,50 @@ def _merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
 
 
-# Rows: one contiguous run of one channel.
+# Rows: x is (N, C, L), loops run over the L neighbours of one channel.
 
 
 @_jit
-def _row_sum(x):
-    total = 0.0
-    for i in range(x.size):
-        total += np.float64(_up(x[i]))
-    return total
+def _range(task, tasks, size):
+    """The part of 0 .. size that belongs to a task."""
+    return task * size // tasks, (task + 1) * size // tasks
 
 
 @_jit
-def _row_deviations(x, mean):
-    rest, m2 = 0.0, 0.0
+def _finish(c, count, mean, m2, eps, stats):
+    """Mean, m2 and inv_std of one channel, rounded to the dtype of ``stats``."""
+    m2 = max(m2, 0.0) if m2 == m2 else m2
+    stats[0, c], stats[1, c] = mean, m2
+    stats[2, c] = 1 / np.sqrt(m2 / count + eps)
+
+
+@_jit
+def _coefficients(c, weight, stats, sums, count):
+    """dx = a dy + b (x - mean) + c of one channel."""
+    inv_std = np.float64(stats[2, c])
+    a = weight[c] * inv_std
+    return a, -a * inv_std * sums[1, c] / count, -a * sums[0, c] / count
+
+
+@_jit
+def _mask_piece(n, c, i, channels, size, mask):
+    """Where the mask bits of x[n, c, i:] begin: bit, place in the flat mask, and for how long."""
+    if mask.shape[0] == 1:  # (J, C, L)
+        groups = mask.size // (channels * size)
+        return n // groups, (n % groups * channels + c) * size + i, size - i
+    width = mask.shape[1]  # (C, R)
+    bit, j = divmod(n * size + i, width)
+    return bit, c * width + j, min(size - i, width - j)
+
+
+@_jit
+def _row_sums(x, shift):
+    s, q = 0.0, 0.0
     for i in range(x.size):
-        d = np.float64(_up(x[i])) - mean
-        rest += d
-        m2 += d * d
-    return rest, m2
+        d = np.float64(_up(x[i])) - shift
+        s += d
+        q += d * d
+    return s, q
 
 
 @_jit
@@ -200,34 +229,39 @@ def _row_apply_masked(x, residual, y, mask, bit, mean, scale, bias):
     zero = type(mean)(0)
     keep = np.uint8((1 << bit) - 1)  # the bits below, which are there already
     one = np.uint8(1 << bit)
-    for i in range(x.size):
-        v = (_up(x[i]) - mean) * scale + bias
-        if residual.size:
-            v += _up(residual[i])
-        cut = v <= zero
-        y[i] = _down(y, zero if cut else v)
-        mask[i] = (mask[i] & keep) | (np.uint8(0) if cut else one)
+    if residual.size:
+        for i in range(x.size):
+            v = (_up(x[i]) - mean) * scale + bias + _up(residual[i])
+            cut = v <= zero
+            y[i] = _down(y, zero if cut else v)
+            mask[i] = (mask[i] & keep) | (np.uint8(0) if cut else one)
+    else:
+        for i in range(x.size):
+            v = (_up(x[i]) - mean) * scale + bias
+            cut = v <= zero
+            y[i] = _down(y, zero if cut else v)
+            mask[i] = (mask[i] & keep) | (np.uint8(0) if cut else one)
 
 
 @_jit
 def _row_gradient_sums(dy, x, mean):
-    sum_dy, sum_dy_d = 0.0, 0.0
+    s, q = 0.0, 0.0
     for i in range(x.size):
         g = np.float64(_up(dy[i]))
-        sum_dy += g
-        sum_dy_d += g * (np.float64(_up(x[i])) - mean)
-    return sum_dy, sum_dy_d
+        s += g
+        q += g * (np.float64(_up(x[i])) - mean)
+    return s, q
 
 
 @_jit
 def _row_gradient_sums_masked(dy, x, mask, bit, mean):
-    sum_dy, sum_dy_d = 0.0, 0.0
+    s, q = 0.0, 0.0
     one = np.uint8(1 << bit)
     for i in range(x.size):
         g = np.float64(_up(dy[i])) if mask[i] & one else 0.0
-        sum_dy += g
-        sum_dy_d += g * (np.float64(_up(x[i])) - mean)
-    return sum_dy, sum_dy_d
+        s += g
+        q += g * (np.float64(_up(x[i])) - mean)
+    return s, q
 
 
 @_jit
@@ -252,58 +286,43 @@ def _row_gradient_masked(dy, x, dx, dresidual, mask, bit, mean, a, b, c):
 
 
 @_jit
-def _range(task, tasks, size):
-    """The part of 0 .. size that belongs to a task."""
-    return task * size // tasks, (task + 1) * size // tasks
-
-
-@_jit
 def _rows_moments(x, c0, c1, n0, n1, out):
-    """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, in two passes, to ``out[c]``."""
+    """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, to ``out[c]``."""
     for c in range(c0, c1):
-        out[c, 0] = 0.0
+        out[c, 0] = out[c, 1] = 0.0
     for n in range(n0, n1):
         for c in range(c0, c1):
-            out[c, 0] += _row_sum(x[n, c])
+            s, q = _row_sums(x[n, c], np.float64(_up(x[n0, c, 0])))
+            out[c, 0] += s
+            out[c, 1] += q
     count = (n1 - n0) * x.shape[2]
-    rest = np.zeros(c1 - c0)
     for c in range(c0, c1):
-        out[c, 0] /= count
-        out[c, 1] = 0.0
-    for n in range(n0, n1):
-        for c in range(c0, c1):
-            d, d2 = _row_deviations(x[n, c], out[c, 0])
-            rest[c - c0] += d
-            out[c, 1] += d2
-    for c in range(c0, c1):
-        r = rest[c - c0] / count
-        out[c, 0] += r
-        out[c, 1] -= count * r * r
+        out[c, 0], out[c, 1] = _from_shifted(x[n0, c, 0], count, out[c, 0], out[c, 1])
 
 
 @_jit
-def _finish(c, count, mean, m2, eps, stats):
-    """Mean, m2 and inv_std of one channel, rounded to the dtype of ``stats``."""
-    stats[0, c], stats[1, c] = mean, m2
-    stats[2, c] = 1 / np.sqrt(m2 / count + eps)
+def _from_shifted(first, count, s, q):
+    """Mean and m2 from the sums of d and d squared, d = x - first."""
+    return np.float64(_up(first)) + s / count, q - s * s / count
 
 
 @_jit
 def _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1):
-    size, bytes_ = x.shape[2], mask.shape[1]
+    channels, size = x.shape[1:]
+    flat = mask.reshape(mask.size)
     for n in range(n0, n1):
         for c in range(c0, c1):
             mean, scale, b = stats[0, c], stats[2, c] * weight[c], bias[c]
             res = residual[n, c] if residual.size else residual[0, 0]
-            if bytes_ == 0:
+            if mask.size == 0:
                 _row_apply(x[n, c], res, y[n, c], mean, scale, b, relu)
                 continue
             i = 0
-            while i < size:  # as many pieces as there are bits in this row
-                bit, j = divmod(n * size + i, bytes_)
-                k = min(size, i + bytes_ - j)
+            while i < size:
+                bit, start, length = _mask_piece(n, c, i, channels, size, mask)
+                k = i + length
                 part = res[i:k] if residual.size else res
-                m = mask[c, j : j + k - i]
+                m = flat[start : start + length]
                 _row_apply_masked(x[n, c, i:k], part, y[n, c, i:k], m, bit, mean, scale, b)
                 i = k
 
@@ -317,11 +336,12 @@ def _rows_forward(
             task = np.int64(index)
             c0, c1 = _range(task // splits, blocks, channels)
             n0, n1 = _range(task % splits, splits, samples)
-            _rows_moments(x, c0, c1, n0, n1, partial[task % splits])
+            out = partial[task % splits]
+            _rows_moments(x, c0, c1, n0, n1, out)
             if splits == 1:
                 for c in range(c0, c1):
-                    _finish(c, samples * size, partial[0, c, 0], partial[0, c, 1], eps, stats)
-                if apply:
+                    _finish(c, samples * size, out[c, 0], out[c, 1], eps, stats)
+                if apply:  # while these channels are in the cache
                     _rows_normalize(
                         x, residual, y, mask, weight, bias, stats, relu, c0, c1, 0, samples
                     )
@@ -336,8 +356,7 @@ def _rows_forward(
                     )
                 _finish(c, count, mean, m2, eps, stats)
     if apply and (splits > 1 or not measure):
-        # The samples of one channel share the bytes of its mask.
-        cuts = 1 if mask.size else splits
+        cuts = 1 if mask.size else splits  # samples of one channel share bytes of the mask
         for index in prange(blocks * cuts):
             task = np.int64(index)
             c0, c1 = _range(task // cuts, blocks, channels)
@@ -347,54 +366,48 @@ def _rows_forward(
 
 @_jit
 def _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out):
-    size, bytes_ = x.shape[2], mask.shape[1]
+    channels, size = x.shape[1:]
+    flat = mask.reshape(mask.size)
     for c in range(c0, c1):
         out[c, 0] = out[c, 1] = 0.0
     for n in range(n0, n1):
         for c in range(c0, c1):
             mean = np.float64(stats[0, c])
-            if bytes_ == 0:
-                s, sd = _row_gradient_sums(dy[n, c], x[n, c], mean)
+            if mask.size == 0:
+                s, q = _row_gradient_sums(dy[n, c], x[n, c], mean)
                 out[c, 0] += s
-                out[c, 1] += sd
+                out[c, 1] += q
                 continue
             i = 0
             while i < size:
-                bit, j = divmod(n * size + i, bytes_)
-                k = min(size, i + bytes_ - j)
-                m = mask[c, j : j + k - i]
-                s, sd = _row_gradient_sums_masked(dy[n, c, i:k], x[n, c, i:k], m, bit, mean)
+                bit, start, length = _mask_piece(n, c, i, channels, size, mask)
+                k = i + length
+                m = flat[start : start + length]
+                s, q = _row_gradient_sums_masked(dy[n, c, i:k], x[n, c, i:k], m, bit, mean)
                 out[c, 0] += s
-                out[c, 1] += sd
+                out[c, 1] += q
                 i = k
 
 
 @_jit
-def _coefficients(c, weight, stats, sums, count):
-    """dx = a dy + b (x - mean) + c of one channel."""
-    inv_std = np.float64(stats[2, c])
-    a = weight[c] * inv_std
-    return a, -a * inv_std * sums[1, c] / count, -a * sums[0, c] / count
-
-
-@_jit
 def _rows_gradient(dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1):
-    size, bytes_ = x.shape[2], mask.shape[1]
+    channels, size = x.shape[1:]
+    flat = mask.reshape(mask.size)
     for n in range(n0, n1):
         for ch in range(c0, c1):
             mean = stats[0, ch]
             a64, b64, c64 = _coefficients(ch, weight, stats, sums, count)
             a, b, c = type(mean)(a64), type(mean)(b64), type(mean)(c64)
-            if bytes_ == 0:
+            if mask.size == 0:
                 _row_gradient(dy[n, ch], x[n, ch], dx[n, ch], mean, a, b, c)
                 continue
             dres = dresidual[n, ch] if dresidual.size else dresidual[0, 0]
             i = 0
             while i < size:
-                bit, j = divmod(n * size + i, bytes_)
-                k = min(size, i + bytes_ - j)
+                bit, start, length = _mask_piece(n, ch, i, channels, size, mask)
+                k = i + length
                 part = dres[i:k] if dresidual.size else dres
-                m = mask[ch, j : j + k - i]
+                m = flat[start : start + length]
                 _row_gradient_masked(
                     dy[n, ch, i:k], x[n, ch, i:k], dx[n, ch, i:k], part, m, bit, mean, a, b, c
                 )
@@ -420,12 +433,7 @@ def _rows_backward(
                         dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, 0, samples
                     )
         if splits > 1:
-            for c in range(channels):
-                s, sd = 0.0, 0.0
-                for part in range(splits):
-                    s += partial[part, c, 0]
-                    sd += partial[part, c, 1]
-                sums[0, c], sums[1, c] = s, sd * stats[2, c]
+            _add_up(partial, stats, sums)
     if apply and (splits > 1 or not measure):
         for index in prange(blocks * splits):
             task = np.int64(index)
@@ -436,230 +444,323 @@ def _rows_backward(
             )
 
 
-# Lanes: the channels of one position are contiguous, loops run over them.
+@_jit
+def _add_up(partial, stats, sums):
+    for c in range(sums.shape[1]):
+        s, q = 0.0, 0.0
+        for part in range(partial.shape[0]):
+            s += partial[part, c, 0]
+            q += partial[part, c, 1]
+        sums[0, c], sums[1, c] = s, q * stats[2, c]
+
+
+# Panels: x is (M, K), loops run over K neighbours that belong to many channels. Column k is of
+# channel k % C if there are ``repeat`` positions in a row (then size = 1), else of k // size.
 
 
 @_jit
-def _lanes_moments(x, r0, r1, c0, c1, step, out):
-    """Mean and m2 of rows r0 .. r1, ``step`` rows (which stay in the cache) at a time."""
-    total = np.empty(c1 - c0)
-    rest = np.empty(c1 - c0)
-    square = np.empty(c1 - c0)
-    for c in range(c0, c1):
-        out[c, 0] = out[c, 1] = 0.0
-    for i0 in range(r0, r1, step):
-        i1 = min(i0 + step, r1)
-        count = i1 - i0
-        total[:] = 0.0
-        for r in range(i0, i1):
-            for c in range(c0, c1):
-                total[c - c0] += np.float64(_up(x[r, c]))
-        total /= count
-        rest[:] = 0.0
-        square[:] = 0.0
-        for r in range(i0, i1):
-            for c in range(c0, c1):
-                d = np.float64(_up(x[r, c])) - total[c - c0]
-                rest[c - c0] += d
-                square[c - c0] += d * d
-        before = i0 - r0
-        share = count / (before + count)
+def _panel_columns(x, repeat, size, c0, c1):
+    return (0, x.shape[1]) if repeat > 1 else (c0 * size, c1 * size)
+
+
+@_jit
+def _spread(values, repeat, size, c0, c1, out):
+    """One value per channel to one per column."""
+    k = 0
+    for _ in range(repeat):
         for c in range(c0, c1):
-            k = c - c0
-            extra = rest[k] / count
-            mean = total[k] + extra
-            delta = mean - out[c, 0]
-            out[c, 0] += delta * share
-            out[c, 1] += square[k] - count * extra * extra + delta * delta * before * share
+            for _ in range(size):
+                out[k] = values[c]
+                k += 1
 
 
 @_jit
-def _lanes_normalize(x, residual, y, mask, stats, scale, bias, relu, r0, r1, c0, c1):
-    zero = type(bias[0])(0)
+def _collect(columns, repeat, size, c0, c1, out):
+    """One value per column, summed to one per channel."""
+    for c in range(c0, c1):
+        out[c] = 0.0
+    k = 0
+    for _ in range(repeat):
+        for c in range(c0, c1):
+            for _ in range(size):
+                out[c] += columns[k]
+                k += 1
+
+
+@_jit
+def _panel_moments(x, repeat, size, r0, r1, c0, c1, out):
+    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
+    width = k1 - k0
+    first = np.empty(c1)
+    for c in range(c0, c1):
+        first[c] = _up(x[r0, c * size])
+    shift, s, q = np.empty(width), np.zeros(width), np.zeros(width)
+    _spread(first, repeat, size, c0, c1, shift)
+    quads = (r1 - r0) // 4 * 4
+    for r in range(r0, r0 + quads, 4):
+        xa, xb, xc, xd = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
+        for k in range(width):
+            a = np.float64(_up(xa[k])) - shift[k]
+            b = np.float64(_up(xb[k])) - shift[k]
+            c = np.float64(_up(xc[k])) - shift[k]
+            d = np.float64(_up(xd[k])) - shift[k]
+            s[k] += (a + b) + (c + d)
+            q[k] += (a * a + b * b) + (c * c + d * d)
+    for r in range(r0 + quads, r1):
+        for k in range(width):
+            a = np.float64(_up(x[r, k0 + k])) - shift[k]
+            s[k] += a
+            q[k] += a * a
+    _collect(s, repeat, size, c0, c1, out[:, 0])
+    _collect(q, repeat, size, c0, c1, out[:, 1])
+    count = (r1 - r0) * repeat * size
+    for c in range(c0, c1):
+        out[c, 0], out[c, 1] = _from_shifted(x[r0, c * size], count, out[c, 0], out[c, 1])
+
+
+@_jit
+def _panel_normalize(
+    x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1
+):
+    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
+    mean, scale, shift = np.empty((3, k1 - k0), stats.dtype)
+    _spread(stats[0], repeat, size, c0, c1, mean)
+    _spread(stats[2] * weight, repeat, size, c0, c1, scale)
+    _spread(bias, repeat, size, c0, c1, shift)
+    zero = type(stats[0, 0])(0)
     if mask.size == 0:
         for r in range(r0, r1):
+            xr, yr = x[r, k0:k1], y[r, k0:k1]
             if residual.size:
-                for c in range(c0, c1):
-                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c] + _up(residual[r, c])
-                    y[r, c] = _down(y, zero if relu and v <= zero else v)
+                res = residual[r, k0:k1]
+                for k in range(xr.size):
+                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k] + _up(res[k])
+                    yr[k] = _down(y, zero if relu and v <= zero else v)
             else:
-                for c in range(c0, c1):
-                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c]
-                    y[r, c] = _down(y, zero if relu and v <= zero else v)
+                for k in range(xr.size):
+                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k]
+                    yr[k] = _down(y, zero if relu and v <= zero else v)
         return
-    rows, bytes_ = x.shape[0], mask.shape[0]
+    rows, groups = x.shape[0], mask.shape[0]
     for j in range(r0, r1):  # here r0 .. r1 are rows of the mask
+        m = mask[j, k0:k1]
         for bit in range(8):
-            r = bit * bytes_ + j
+            r = bit * groups + j
             if r >= rows:
                 break
             one, keep = np.uint8(1 << bit), np.uint8((1 << bit) - 1)
+            xr, yr = x[r, k0:k1], y[r, k0:k1]
             if residual.size:
-                for c in range(c0, c1):
-                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c] + _up(residual[r, c])
+                res = residual[r, k0:k1]
+                for k in range(xr.size):
+                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k] + _up(res[k])
                     cut = v <= zero
-                    y[r, c] = _down(y, zero if cut else v)
-                    mask[j, c] = (mask[j, c] & keep) | (np.uint8(0) if cut else one)
+                    yr[k] = _down(y, zero if cut else v)
+                    m[k] = (m[k] & keep) | (np.uint8(0) if cut else one)
             else:
-                for c in range(c0, c1):
-                    v = (_up(x[r, c]) - stats[0, c]) * scale[c] + bias[c]
+                for k in range(xr.size):
+                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k]
                     cut = v <= zero
-                    y[r, c] = _down(y, zero if cut else v)
-                    mask[j, c] = (mask[j, c] & keep) | (np.uint8(0) if cut else one)
+                    yr[k] = _down(y, zero if cut else v)
+                    m[k] = (m[k] & keep) | (np.uint8(0) if cut else one)
 
 
-def _lanes_forward(
-    x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply, blocks, splits
-):
-    rows, channels = x.shape
-    step = max(8, 65536 // max(1, channels // blocks))
+def _panel_forward(
+    x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply,
+    repeat, size, blocks, splits,
+):  # fmt: skip
+    rows, channels = x.shape[0], weight.size
+    height = mask.shape[0] if mask.size else rows
     if measure:
         for index in prange(blocks * splits):
             task = np.int64(index)
             c0, c1 = _range(task // splits, blocks, channels)
             r0, r1 = _range(task % splits, splits, rows)
-            _lanes_moments(x, r0, r1, c0, c1, step, partial[task % splits])
-        for index in prange(blocks):
-            c0, c1 = _range(np.int64(index), blocks, channels)
-            for c in range(c0, c1):
+            out = partial[task % splits]
+            _panel_moments(x, repeat, size, r0, r1, c0, c1, out)
+            if splits == 1:
+                for c in range(c0, c1):
+                    _finish(c, rows * repeat * size, out[c, 0], out[c, 1], eps, stats)
+                if apply:
+                    _panel_normalize(
+                        x, residual, y, mask, weight, bias, stats, relu,
+                        repeat, size, 0, height, c0, c1,
+                    )  # fmt: skip
+        if splits > 1:
+            for c in range(channels):
                 count, mean, m2 = 0, 0.0, 0.0
                 for s in range(splits):
                     r0, r1 = _range(s, splits, rows)
+                    part = (r1 - r0) * repeat * size
                     count, mean, m2 = _merge(
-                        count, mean, m2, r1 - r0, partial[s, c, 0], partial[s, c, 1]
+                        count, mean, m2, part, partial[s, c, 0], partial[s, c, 1]
                     )
                 _finish(c, count, mean, m2, eps, stats)
-    if apply:
-        scale = stats[2] * weight
-        height = mask.shape[0] if mask.size else rows
+    if apply and (splits > 1 or not measure):
         for index in prange(blocks * splits):
             task = np.int64(index)
             c0, c1 = _range(task // splits, blocks, channels)
             r0, r1 = _range(task % splits, splits, height)
-            _lanes_normalize(x, residual, y, mask, stats, scale, bias, relu, r0, r1, c0, c1)
+            _panel_normalize(
+                x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1
+            )
 
 
 @_jit
-def _lanes_gradient_sums(dy, x, mask, stats, r0, r1, c0, c1, out):
-    for c in range(c0, c1):
-        out[c, 0] = out[c, 1] = 0.0
-    total = np.zeros(c1 - c0)
-    total_d = np.zeros(c1 - c0)
-    mean = np.empty(c1 - c0)
-    for c in range(c0, c1):
-        mean[c - c0] = stats[0, c]
+def _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out):
+    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
+    width = k1 - k0
+    mean, s, q = np.empty(width), np.zeros(width), np.zeros(width)
+    _spread(stats[0], repeat, size, c0, c1, mean)
     if mask.size == 0:
-        for r in range(r0, r1):
-            for c in range(c0, c1):
-                g = np.float64(_up(dy[r, c]))
-                total[c - c0] += g
-                total_d[c - c0] += g * (np.float64(_up(x[r, c])) - mean[c - c0])
+        pairs = (r1 - r0) // 2 * 2
+        for r in range(r0, r0 + pairs, 2):
+            xa, xb, ga, gb = x[r, k0:k1], x[r + 1, k0:k1], dy[r, k0:k1], dy[r + 1, k0:k1]
+            for k in range(width):
+                g, h = np.float64(_up(ga[k])), np.float64(_up(gb[k]))
+                s[k] += g + h
+                u, v = np.float64(_up(xa[k])) - mean[k], np.float64(_up(xb[k])) - mean[k]
+                q[k] += g * u + h * v
+        for r in range(r0 + pairs, r1):
+            for k in range(width):
+                g = np.float64(_up(dy[r, k0 + k]))
+                s[k] += g
+                q[k] += g * (np.float64(_up(x[r, k0 + k])) - mean[k])
     else:
-        rows, bytes_ = x.shape[0], mask.shape[0]
+        rows, groups = x.shape[0], mask.shape[0]
         for j in range(r0, r1):
+            m = mask[j, k0:k1]
             for bit in range(8):
-                r = bit * bytes_ + j
+                r = bit * groups + j
                 if r >= rows:
                     break
                 one = np.uint8(1 << bit)
-                for c in range(c0, c1):
-                    g = np.float64(_up(dy[r, c])) if mask[j, c] & one else 0.0
-                    total[c - c0] += g
-                    total_d[c - c0] += g * (np.float64(_up(x[r, c])) - mean[c - c0])
-    for c in range(c0, c1):
-        out[c, 0] = total[c - c0]
-        out[c, 1] = total_d[c - c0]
+                xr, gr = x[r, k0:k1], dy[r, k0:k1]
+                for k in range(width):
+                    g = np.float64(_up(gr[k])) if m[k] & one else 0.0
+                    s[k] += g
+                    q[k] += g * (np.float64(_up(xr[k])) - mean[k])
+    _collect(s, repeat, size, c0, c1, out[:, 0])
+    _collect(q, repeat, size, c0, c1, out[:, 1])
 
 
 @_jit
-def _lanes_gradient(dy, x, dx, dresidual, mask, stats, a, b, c_, r0, r1, c0, c1):
-    zero = type(a[0])(0)
+def _panel_gradient(
+    dy, x, dx, dresidual, mask, weight, stats, sums, count, repeat, size, r0, r1, c0, c1
+):
+    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
+    factors = np.empty((3, weight.size), stats.dtype)
+    for ch in range(c0, c1):
+        factors[0, ch], factors[1, ch], factors[2, ch] = _coefficients(
+            ch, weight, stats, sums, count
+        )
+    a, b, c, mean = np.empty((4, k1 - k0), stats.dtype)
+    _spread(factors[0], repeat, size, c0, c1, a)
+    _spread(factors[1], repeat, size, c0, c1, b)
+    _spread(factors[2], repeat, size, c0, c1, c)
+    _spread(stats[0], repeat, size, c0, c1, mean)
+    zero = type(stats[0, 0])(0)
     if mask.size == 0:
         for r in range(r0, r1):
-            for c in range(c0, c1):
-                v = a[c] * _up(dy[r, c]) + (b[c] * (_up(x[r, c]) - stats[0, c]) + c_[c])
-                dx[r, c] = _down(dx, v)
+            xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
+            for k in range(xr.size):
+                dr[k] = _down(dx, a[k] * _up(gr[k]) + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
         return
-    rows, bytes_ = x.shape[0], mask.shape[0]
+    rows, groups = x.shape[0], mask.shape[0]
     for j in range(r0, r1):
+        m = mask[j, k0:k1]
         for bit in range(8):
-            r = bit * bytes_ + j
+            r = bit * groups + j
             if r >= rows:
                 break
             one = np.uint8(1 << bit)
-            for c in range(c0, c1):
-                g = _up(dy[r, c]) if mask[j, c] & one else zero
-                dx[r, c] = _down(dx, a[c] * g + (b[c] * (_up(x[r, c]) - stats[0, c]) + c_[c]))
+            xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
             if dresidual.size:
-                for c in range(c0, c1):
-                    g = _up(dy[r, c]) if mask[j, c] & one else zero
-                    dresidual[r, c] = _down(dresidual, g)
+                res = dresidual[r, k0:k1]
+                for k in range(xr.size):
+                    g = _up(gr[k]) if m[k] & one else zero
+                    res[k] = _down(dx, g)
+                    dr[k] = _down(dx, a[k] * g + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
+            else:
+                for k in range(xr.size):
+                    g = _up(gr[k]) if m[k] & one else zero
+                    dr[k] = _down(dx, a[k] * g + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
 
 
-def _lanes_backward(
-    dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply, blocks, splits
-):
-    rows, channels = x.shape
+def _panel_backward(
+    dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply,
+    repeat, size, blocks, splits,
+):  # fmt: skip
+    rows, channels = x.shape[0], weight.size
     height = mask.shape[0] if mask.size else rows
     if measure:
         for index in prange(blocks * splits):
             task = np.int64(index)
             c0, c1 = _range(task // splits, blocks, channels)
             r0, r1 = _range(task % splits, splits, height)
-            _lanes_gradient_sums(dy, x, mask, stats, r0, r1, c0, c1, partial[task % splits])
-        for index in prange(blocks):
-            c0, c1 = _range(np.int64(index), blocks, channels)
-            for c in range(c0, c1):
-                s, sd = 0.0, 0.0
-                for part in range(splits):
-                    s += partial[part, c, 0]
-                    sd += partial[part, c, 1]
-                sums[0, c], sums[1, c] = s, sd * stats[2, c]
-    if apply:
-        factors = np.empty_like(stats)
-        for c in range(channels):
-            factors[0, c], factors[1, c], factors[2, c] = _coefficients(
-                c, weight, stats, sums, count
-            )
+            out = partial[task % splits]
+            _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out)
+            if splits == 1:
+                for c in range(c0, c1):
+                    sums[0, c], sums[1, c] = out[c, 0], out[c, 1] * stats[2, c]
+                if apply:
+                    _panel_gradient(
+                        dy, x, dx, dresidual, mask, weight, stats, sums, count,
+                        repeat, size, 0, height, c0, c1,
+                    )  # fmt: skip
+        if splits > 1:
+            _add_up(partial, stats, sums)
+    if apply and (splits > 1 or not measure):
         for index in prange(blocks * splits):
             task = np.int64(index)
             c0, c1 = _range(task // splits, blocks, channels)
             r0, r1 = _range(task % splits, splits, height)
-            _lanes_gradient(
-                dy, x, dx, dresidual, mask, stats,
-                factors[0], factors[1], factors[2], r0, r1, c0, c1,
+            _panel_gradient(
+                dy, x, dx, dresidual, mask, weight, stats, sums, count,
+                repeat, size, r0, r1, c0, c1,
             )  # fmt: skip
 
 
 # --- what torch sees ------------------------------------------------------------------------------
 
 _rows = (_Entry(_rows_forward), _Entry(_rows_backward))
-_lanes = (_Entry(_lanes_forward), _Entry(_lanes_backward))
+_panel = (_Entry(_panel_forward), _Entry(_panel_backward))
+
+_SHORT = 256  # positions; rows shorter than this are better looked at as a panel
+_WIDE = 1024  # columns, of which a panel's vectors fit into the L1 cache
 
 
 class _Plan(NamedTuple):
-    """How an input is looked at, and how its work is cut: a function of shape and strides alone."""
+    """How an input is looked at, and how its work is cut: a function of shape and layout alone."""
 
-    lanes: bool
-    view: tuple[int, ...]  # shape for the kernel: (N, C, L) or (M, C)
-    strides: tuple[int, ...]
-    blocks: int  # cuts of the channels
-    splits: int  # cuts of the samples or rows
+    lanes: bool  # the channels are neighbours
+    shape: tuple[int, ...]  # (N, C, L) for the row kernels, (M, K) for the panel kernels
+    mask: tuple[int, ...]  # shape of the mask for the kernel
+    cuts: tuple[int, ...]  # the kernel's last arguments
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _cut(lanes: bool, samples: int, channels: int, size: int) -> _Plan:
     if lanes:
-        rows = samples * size
-        blocks = -(-channels // 512)
-        splits = max(1, min(rows, 64, rows * (channels // blocks) >> 14))
-        return _Plan(True, (rows, channels), (channels, 1), blocks, splits)
+        rows, repeat = samples * size, 1
+        while 2 * repeat * channels <= _WIDE // 2 and rows % (16 * repeat) == 0:
+            repeat *= 2
+        rows //= repeat
+        blocks = -(-channels // _WIDE)
+        splits = max(1, min(rows, 64, rows * (channels * repeat // blocks) >> 14))
+        shape, mask = (rows, channels * repeat), (-(-rows // 8), channels * repeat)
+        return _Plan(True, shape, mask, (repeat, 1, blocks, splits))
+    eighths = samples % 8 == 0
+    if size < _SHORT and eighths:
+        blocks = max(min(channels, 16), -(-channels * size // _WIDE))
+        splits = 1 if blocks >= 16 else max(1, min(samples // 8, -(-16 // blocks)))
+        shape, mask = (samples, channels * size), (samples // 8, channels * size)
+        return _Plan(False, shape, mask, (1, size, blocks, splits))
     # A block reads at least 1024 neighbours at a time and, if it can, fits into the L2 cache.
-    elements = samples * channels * size
-    blocks = min(channels, max(16, channels * size >> 10, elements >> 17))
+    blocks = min(channels, max(16, channels * size >> 10, samples * channels * size >> 17))
     splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
-    view, strides = (samples, channels, size), (channels * size, size, 1)
-    return _Plan(False, view, strides, blocks, splits)
+    mask = (1, samples // 8 * channels * size) if eighths else (channels, -(-samples * size // 8))
+    return _Plan(False, (samples, channels, size), mask, (blocks, splits))
 
 
 def _plan(x: Tensor) -> _Plan:
@@ -680,20 +781,20 @@ def _array(t: Tensor | None, plan: _Plan, like: Tensor) -> np.ndarray:
     """The tensor as the kernel's array, without a copy; an array of size 0 for nothing."""
     stored = _STORED[like.dtype][0]
     if t is None:
-        return _nothing(stored, len(plan.view))
-    t = t.detach().as_strided(plan.view, plan.strides)
+        return _nothing(stored, len(plan.shape))
+    if plan.lanes:
+        t = t.movedim(1, -1)
+    t = t.detach().view(plan.shape)
     return (t if t.dtype == stored else t.view(stored)).numpy()
 
 
 @functools.cache
 def _nothing(dtype: torch.dtype, ndim: int) -> np.ndarray:
-    return torch.empty((0 if ndim == 2 else 1,) * (ndim - 1) + (0,), dtype=dtype).numpy()
+    return torch.empty((1,) * (ndim - 1) + (0,), dtype=dtype).numpy()
 
 
 def _bytes(mask: Tensor | None, plan: _Plan) -> np.ndarray:
-    if mask is None:
-        return _nothing(torch.uint8, 2)
-    return (mask.t() if plan.lanes else mask).numpy()
+    return _nothing(torch.uint8, 2) if mask is None else mask.view(plan.mask).numpy()
 
 
 def _vector(v: Tensor | None, default: float, x: Tensor) -> np.ndarray:
@@ -749,8 +850,8 @@ def _forward(
         return y
     residual = None if residual is None else _lay_out(residual, plan)
     x_array = _array(x, plan, x)
-    partial = np.empty((plan.splits, x.shape[1] if measure else 0, 2))
-    (_lanes if plan.lanes else _rows)[0](
+    partial = np.empty((plan.cuts[-1], x.shape[1] if measure else 0, 2))
+    (_panel if len(plan.shape) == 2 else _rows)[0](
         x.numel(),
         x_array,
         _array(residual, plan, x),
@@ -764,8 +865,7 @@ def _forward(
         relu,
         measure,
         apply,
-        plan.blocks,
-        plan.splits,
+        *plan.cuts,
     )
     return y
 
@@ -856,8 +956,8 @@ def _backward(
         if measure:
             sums[:] = 0
         return dx
-    partial = np.empty((plan.splits, x.shape[1] if measure else 0, 2))
-    (_lanes if plan.lanes else _rows)[1](
+    partial = np.empty((plan.cuts[-1], x.shape[1] if measure else 0, 2))
+    (_panel if len(plan.shape) == 2 else _rows)[1](
         x.numel(),
         _array(dy, plan, x),
         _array(x, plan, x),
@@ -871,8 +971,7 @@ def _backward(
         count,
         measure,
         apply,
-        plan.blocks,
-        plan.splits,
+        *plan.cuts,
     )
     return dx
 
