@@ -155,15 +155,6 @@ def _down(typingctx, array, v):
     return stored(array, v), convert
 
 
-@_jit
-def _merge(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
-    """Chan's merge of two parts, as :func:`bnlib.merge`."""
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    share = count_b / count
-    return count, mean_a + delta * share, m2_a + m2_b + delta * delta * count_a * share
-
-
 # Rows: x is (N, C, L), loops run over the L neighbours of one channel.
 
 
@@ -174,11 +165,53 @@ def _range(task, tasks, size):
 
 
 @_jit
-def _finish(c, count, mean, m2, eps, stats):
-    """Mean, m2 and inv_std of one channel, rounded to the dtype of ``stats``."""
-    m2 = max(m2, 0.0) if m2 == m2 else m2
-    stats[0, c], stats[1, c] = mean, m2
-    stats[2, c] = 1 / np.sqrt(m2 / count + eps)
+def _finish(c0, c1, count, out, eps, stats):
+    """Mean, m2 and inv_std of channels c0 .. c1, rounded to the dtype of ``stats``."""
+    for c in range(c0, c1):
+        m2 = out[1, c]
+        if m2 < 0:  # by rounding, in a channel of equal values
+            m2 = 0.0
+        stats[0, c], stats[1, c] = out[0, c], m2
+        stats[2, c] = 1 / np.sqrt(m2 / count + eps)
+
+
+@_jit
+def _merge(partial, rows, per_row, eps, stats):
+    """:func:`bnlib.merge` over the tasks that shared ``rows``; then as _finish."""
+    splits, _, channels = partial.shape
+    count = rows * per_row
+    total = np.zeros((2, channels))
+    for s in range(splits):
+        r0, r1 = _range(s, splits, rows)
+        share = (r1 - r0) / rows
+        for c in range(channels):
+            total[0, c] += share * (partial[s, 0, c] - partial[0, 0, c])
+    for c in range(channels):
+        total[0, c] += partial[0, 0, c]
+    for s in range(splits):
+        r0, r1 = _range(s, splits, rows)
+        part = (r1 - r0) * per_row
+        for c in range(channels):
+            d = partial[s, 0, c] - total[0, c]
+            total[1, c] += partial[s, 1, c] + part * d * d
+    _finish(0, channels, count, total, eps, stats)
+
+
+@_jit
+def _add_up(c0, c1, out, stats, sums):
+    for c in range(c0, c1):
+        sums[0, c], sums[1, c] = out[0, c], out[1, c] * stats[2, c]
+
+
+@_jit
+def _add_up_all(partial, stats, sums):
+    splits, _, channels = partial.shape
+    total = np.zeros((2, channels))
+    for s in range(splits):
+        for i in range(2):
+            for c in range(channels):
+                total[i, c] += partial[s, i, c]
+    _add_up(0, channels, total, stats, sums)
 
 
 @_jit
@@ -289,15 +322,15 @@ def _row_gradient_masked(dy, x, dx, dresidual, mask, bit, mean, a, b, c):
 def _rows_moments(x, c0, c1, n0, n1, out):
     """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, to ``out[c]``."""
     for c in range(c0, c1):
-        out[c, 0] = out[c, 1] = 0.0
+        out[0, c] = out[1, c] = 0.0
     for n in range(n0, n1):
         for c in range(c0, c1):
             s, q = _row_sums(x[n, c], np.float64(_up(x[n0, c, 0])))
-            out[c, 0] += s
-            out[c, 1] += q
+            out[0, c] += s
+            out[1, c] += q
     count = (n1 - n0) * x.shape[2]
     for c in range(c0, c1):
-        out[c, 0], out[c, 1] = _from_shifted(x[n0, c, 0], count, out[c, 0], out[c, 1])
+        out[0, c], out[1, c] = _from_shifted(x[n0, c, 0], count, out[0, c], out[1, c])
 
 
 @_jit
@@ -331,36 +364,17 @@ def _rows_forward(
     x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply, blocks, splits
 ):
     samples, channels, size = x.shape
-    if measure:
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
-            n0, n1 = _range(task % splits, splits, samples)
-            out = partial[task % splits]
+    cuts = 1 if apply and mask.size else splits  # samples of one channel share bytes of the mask
+    for index in prange(blocks * cuts):
+        task = np.int64(index)
+        c0, c1 = _range(task // cuts, blocks, channels)
+        n0, n1 = _range(task % cuts, cuts, samples)
+        if measure:
+            out = partial[task % cuts]
             _rows_moments(x, c0, c1, n0, n1, out)
             if splits == 1:
-                for c in range(c0, c1):
-                    _finish(c, samples * size, out[c, 0], out[c, 1], eps, stats)
-                if apply:  # while these channels are in the cache
-                    _rows_normalize(
-                        x, residual, y, mask, weight, bias, stats, relu, c0, c1, 0, samples
-                    )
-        if splits > 1:
-            for c in range(channels):
-                count, mean, m2 = 0, 0.0, 0.0
-                for s in range(splits):
-                    n0, n1 = _range(s, splits, samples)
-                    part = (n1 - n0) * size
-                    count, mean, m2 = _merge(
-                        count, mean, m2, part, partial[s, c, 0], partial[s, c, 1]
-                    )
-                _finish(c, count, mean, m2, eps, stats)
-    if apply and (splits > 1 or not measure):
-        cuts = 1 if mask.size else splits  # samples of one channel share bytes of the mask
-        for index in prange(blocks * cuts):
-            task = np.int64(index)
-            c0, c1 = _range(task // cuts, blocks, channels)
-            n0, n1 = _range(task % cuts, cuts, samples)
+                _finish(c0, c1, samples * size, out, eps, stats)
+        if apply:  # while these channels are in the cache, if all has been measured
             _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1)
 
 
@@ -369,14 +383,14 @@ def _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out):
     channels, size = x.shape[1:]
     flat = mask.reshape(mask.size)
     for c in range(c0, c1):
-        out[c, 0] = out[c, 1] = 0.0
+        out[0, c] = out[1, c] = 0.0
     for n in range(n0, n1):
         for c in range(c0, c1):
             mean = np.float64(stats[0, c])
             if mask.size == 0:
                 s, q = _row_gradient_sums(dy[n, c], x[n, c], mean)
-                out[c, 0] += s
-                out[c, 1] += q
+                out[0, c] += s
+                out[1, c] += q
                 continue
             i = 0
             while i < size:
@@ -384,8 +398,8 @@ def _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out):
                 k = i + length
                 m = flat[start : start + length]
                 s, q = _row_gradient_sums_masked(dy[n, c, i:k], x[n, c, i:k], m, bit, mean)
-                out[c, 0] += s
-                out[c, 1] += q
+                out[0, c] += s
+                out[1, c] += q
                 i = k
 
 
@@ -417,41 +431,20 @@ def _rows_gradient(dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c
 def _rows_backward(
     dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply, blocks, splits
 ):
-    samples, channels, size = x.shape
-    if measure:
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
-            n0, n1 = _range(task % splits, splits, samples)
+    samples, channels, _ = x.shape
+    for index in prange(blocks * splits):
+        task = np.int64(index)
+        c0, c1 = _range(task // splits, blocks, channels)
+        n0, n1 = _range(task % splits, splits, samples)
+        if measure:
             out = partial[task % splits]
             _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out)
             if splits == 1:
-                for c in range(c0, c1):
-                    sums[0, c], sums[1, c] = out[c, 0], out[c, 1] * stats[2, c]
-                if apply:
-                    _rows_gradient(
-                        dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, 0, samples
-                    )
-        if splits > 1:
-            _add_up(partial, stats, sums)
-    if apply and (splits > 1 or not measure):
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
-            n0, n1 = _range(task % splits, splits, samples)
+                _add_up(c0, c1, out, stats, sums)
+        if apply:
             _rows_gradient(
                 dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1
             )
-
-
-@_jit
-def _add_up(partial, stats, sums):
-    for c in range(sums.shape[1]):
-        s, q = 0.0, 0.0
-        for part in range(partial.shape[0]):
-            s += partial[part, c, 0]
-            q += partial[part, c, 1]
-        sums[0, c], sums[1, c] = s, q * stats[2, c]
 
 
 # Panels: x is (M, K), loops run over K neighbours that belong to many channels. Column k is of
@@ -468,23 +461,33 @@ def _spread(values, repeat, size, c0, c1, out):
     """One value per channel to one per column."""
     k = 0
     for _ in range(repeat):
+        if size == 1:
+            for c in range(c1 - c0):
+                out[k + c] = values[c0 + c]
+            k += c1 - c0
+            continue
         for c in range(c0, c1):
-            for _ in range(size):
-                out[k] = values[c]
-                k += 1
+            out[k : k + size] = values[c]
+            k += size
 
 
 @_jit
 def _collect(columns, repeat, size, c0, c1, out):
     """One value per column, summed to one per channel."""
-    for c in range(c0, c1):
-        out[c] = 0.0
+    out[c0:c1] = 0.0
     k = 0
     for _ in range(repeat):
+        if size == 1:
+            for c in range(c1 - c0):
+                out[c0 + c] += columns[k + c]
+            k += c1 - c0
+            continue
         for c in range(c0, c1):
-            for _ in range(size):
-                out[c] += columns[k]
-                k += 1
+            total = 0.0
+            for i in range(size):
+                total += columns[k + i]
+            out[c] += total
+            k += size
 
 
 @_jit
@@ -511,11 +514,11 @@ def _panel_moments(x, repeat, size, r0, r1, c0, c1, out):
             a = np.float64(_up(x[r, k0 + k])) - shift[k]
             s[k] += a
             q[k] += a * a
-    _collect(s, repeat, size, c0, c1, out[:, 0])
-    _collect(q, repeat, size, c0, c1, out[:, 1])
+    _collect(s, repeat, size, c0, c1, out[0])
+    _collect(q, repeat, size, c0, c1, out[1])
     count = (r1 - r0) * repeat * size
     for c in range(c0, c1):
-        out[c, 0], out[c, 1] = _from_shifted(x[r0, c * size], count, out[c, 0], out[c, 1])
+        out[0, c], out[1, c] = _from_shifted(x[r0, c * size], count, out[0, c], out[1, c])
 
 
 @_jit
@@ -525,7 +528,9 @@ def _panel_normalize(
     k0, k1 = _panel_columns(x, repeat, size, c0, c1)
     mean, scale, shift = np.empty((3, k1 - k0), stats.dtype)
     _spread(stats[0], repeat, size, c0, c1, mean)
-    _spread(stats[2] * weight, repeat, size, c0, c1, scale)
+    _spread(stats[2], repeat, size, c0, c1, scale)
+    _spread(weight, repeat, size, c0, c1, shift)
+    scale *= shift
     _spread(bias, repeat, size, c0, c1, shift)
     zero = type(stats[0, 0])(0)
     if mask.size == 0:
@@ -570,37 +575,17 @@ def _panel_forward(
     repeat, size, blocks, splits,
 ):  # fmt: skip
     rows, channels = x.shape[0], weight.size
-    height = mask.shape[0] if mask.size else rows
-    if measure:
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
+    for index in prange(blocks * splits):
+        task = np.int64(index)
+        c0, c1 = _range(task // splits, blocks, channels)
+        if measure:
             r0, r1 = _range(task % splits, splits, rows)
             out = partial[task % splits]
             _panel_moments(x, repeat, size, r0, r1, c0, c1, out)
             if splits == 1:
-                for c in range(c0, c1):
-                    _finish(c, rows * repeat * size, out[c, 0], out[c, 1], eps, stats)
-                if apply:
-                    _panel_normalize(
-                        x, residual, y, mask, weight, bias, stats, relu,
-                        repeat, size, 0, height, c0, c1,
-                    )  # fmt: skip
-        if splits > 1:
-            for c in range(channels):
-                count, mean, m2 = 0, 0.0, 0.0
-                for s in range(splits):
-                    r0, r1 = _range(s, splits, rows)
-                    part = (r1 - r0) * repeat * size
-                    count, mean, m2 = _merge(
-                        count, mean, m2, part, partial[s, c, 0], partial[s, c, 1]
-                    )
-                _finish(c, count, mean, m2, eps, stats)
-    if apply and (splits > 1 or not measure):
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
-            r0, r1 = _range(task % splits, splits, height)
+                _finish(c0, c1, rows * repeat * size, out, eps, stats)
+        if apply:
+            r0, r1 = _range(task % splits, splits, mask.shape[0] if mask.size else rows)
             _panel_normalize(
                 x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1
             )
@@ -640,8 +625,8 @@ def _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out):
                     g = np.float64(_up(gr[k])) if m[k] & one else 0.0
                     s[k] += g
                     q[k] += g * (np.float64(_up(xr[k])) - mean[k])
-    _collect(s, repeat, size, c0, c1, out[:, 0])
-    _collect(q, repeat, size, c0, c1, out[:, 1])
+    _collect(s, repeat, size, c0, c1, out[0])
+    _collect(q, repeat, size, c0, c1, out[1])
 
 
 @_jit
@@ -691,30 +676,17 @@ def _panel_backward(
     dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply,
     repeat, size, blocks, splits,
 ):  # fmt: skip
-    rows, channels = x.shape[0], weight.size
-    height = mask.shape[0] if mask.size else rows
-    if measure:
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
-            r0, r1 = _range(task % splits, splits, height)
+    channels, height = weight.size, mask.shape[0] if mask.size else x.shape[0]
+    for index in prange(blocks * splits):
+        task = np.int64(index)
+        c0, c1 = _range(task // splits, blocks, channels)
+        r0, r1 = _range(task % splits, splits, height)
+        if measure:
             out = partial[task % splits]
             _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out)
             if splits == 1:
-                for c in range(c0, c1):
-                    sums[0, c], sums[1, c] = out[c, 0], out[c, 1] * stats[2, c]
-                if apply:
-                    _panel_gradient(
-                        dy, x, dx, dresidual, mask, weight, stats, sums, count,
-                        repeat, size, 0, height, c0, c1,
-                    )  # fmt: skip
-        if splits > 1:
-            _add_up(partial, stats, sums)
-    if apply and (splits > 1 or not measure):
-        for index in prange(blocks * splits):
-            task = np.int64(index)
-            c0, c1 = _range(task // splits, blocks, channels)
-            r0, r1 = _range(task % splits, splits, height)
+                _add_up(c0, c1, out, stats, sums)
+        if apply:
             _panel_gradient(
                 dy, x, dx, dresidual, mask, weight, stats, sums, count,
                 repeat, size, r0, r1, c0, c1,
@@ -747,7 +719,7 @@ def _cut(lanes: bool, samples: int, channels: int, size: int) -> _Plan:
             repeat *= 2
         rows //= repeat
         blocks = -(-channels // _WIDE)
-        splits = max(1, min(rows, 64, rows * (channels * repeat // blocks) >> 14))
+        splits = max(1, min(rows, 64, rows * (channels * repeat // blocks) >> 16))
         shape, mask = (rows, channels * repeat), (-(-rows // 8), channels * repeat)
         return _Plan(True, shape, mask, (repeat, 1, blocks, splits))
     eighths = samples % 8 == 0
@@ -849,11 +821,9 @@ def _forward(
         stats[:2] = 0
         return y
     residual = None if residual is None else _lay_out(residual, plan)
-    x_array = _array(x, plan, x)
-    partial = np.empty((plan.cuts[-1], x.shape[1] if measure else 0, 2))
-    (_panel if len(plan.shape) == 2 else _rows)[0](
-        x.numel(),
-        x_array,
+    partial = np.empty((plan.cuts[-1], 2, x.shape[1] if measure else 0))
+    arrays = (
+        _array(x, plan, x),
         _array(residual, plan, x),
         _array(y, plan, x),
         _bytes(mask, plan),
@@ -861,12 +831,15 @@ def _forward(
         _vector(bias, 0, x),
         stats,
         partial,
-        eps,
-        relu,
-        measure,
-        apply,
-        *plan.cuts,
     )
+    kernel, elements = (_panel if len(plan.shape) == 2 else _rows)[0], x.numel()
+    whole = plan.cuts[-1] == 1  # every task has all of its channels: measure and apply at once
+    if measure:
+        kernel(elements, *arrays, eps, relu, True, apply and whole, *plan.cuts)
+        if not whole:
+            _merge(partial, plan.shape[0], elements // x.shape[1] // plan.shape[0], eps, stats)
+    if apply and not (measure and whole):
+        kernel(elements, *arrays, eps, relu, False, True, *plan.cuts)
     return y
 
 
@@ -956,9 +929,8 @@ def _backward(
         if measure:
             sums[:] = 0
         return dx
-    partial = np.empty((plan.cuts[-1], x.shape[1] if measure else 0, 2))
-    (_panel if len(plan.shape) == 2 else _rows)[1](
-        x.numel(),
+    partial = np.empty((plan.cuts[-1], 2, x.shape[1] if measure else 0))
+    arrays = (
         _array(dy, plan, x),
         _array(x, plan, x),
         _array(dx, plan, x),
@@ -968,11 +940,15 @@ def _backward(
         stats,
         sums,
         partial,
-        count,
-        measure,
-        apply,
-        *plan.cuts,
     )
+    kernel, elements = (_panel if len(plan.shape) == 2 else _rows)[1], x.numel()
+    whole = plan.cuts[-1] == 1
+    if measure:
+        kernel(elements, *arrays, count, True, apply and whole, *plan.cuts)
+        if not whole:
+            _add_up_all(partial, stats, sums)
+    if apply and not (measure and whole):
+        kernel(elements, *arrays, count, False, True, *plan.cuts)
     return dx
 
 
