@@ -15,22 +15,20 @@ relative error of the variance is at most about n 2⁻⁵³, however large the m
 
 from __future__ import annotations
 
-import contextlib
+import concurrent.futures
 import ctypes
 import functools
 import math
 import os
+import struct
 import sys
-import threading
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -40,10 +38,10 @@ from bnlib.moments import Moments
 
 # How Numba sees the elements: it has no 16-bit floats, so those travel as integers.
 _STORED = {
-    torch.float32: (torch.float32, np.float32),
-    torch.float64: (torch.float64, np.float64),
-    torch.bfloat16: (torch.uint16, np.float32),
-    torch.float16: (torch.int16, np.float32),
+    torch.float32: (numba.float32, numba.float32),
+    torch.float64: (numba.float64, numba.float64),
+    torch.bfloat16: (numba.uint16, numba.float32),
+    torch.float16: (numba.int16, numba.float32),
 }
 _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
@@ -65,56 +63,47 @@ def supports(x: Tensor) -> bool:
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-def _jit(function: Callable[..., Any], **options: Any) -> Any:
-    options |= {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+_OPTIONS = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+
+
+def _cached(decorate: Callable[..., Any]) -> Any:
     try:
-        return numba.njit(cache=True, **options)(function)
+        return decorate(cache=True)
     except RuntimeError:  # no folder to cache in, on a read-only install without a home
-        return numba.njit(**options)(function)
+        return decorate(cache=False)
 
 
-class _Entry:
-    """A kernel that is started from Python, on one thread or on several."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.serial = _jit(function)
-        # Numba caches by name and source, not by options: the second needs a name of its own.
-        twin = FunctionType(function.__code__, function.__globals__, function.__name__ + "_parallel")
-        twin.__qualname__, twin.__module__ = twin.__name__, function.__module__
-        self.parallel = _jit(twin, parallel=True)
-
-    def __call__(self, elements: int, *args: Any) -> None:
-        threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if threads == 1 or elements < _SERIAL_BELOW or _after_fork:
-            self.serial(*args)
-            return
-        global _thread_safe
-        # Until the first work has shown that Numba's layer of threads lets several callers in.
-        with contextlib.nullcontext() if _thread_safe else _lock:
-            before = numba.get_num_threads()
-            numba.set_num_threads(threads)
-            try:
-                self.parallel(*args)
-            finally:
-                numba.set_num_threads(before)
-            _thread_safe = numba.threading_layer() in ("omp", "tbb")
+def _jit(function: Callable[..., Any]) -> Any:
+    return _cached(lambda cache: numba.njit(cache=cache, **_OPTIONS)(function))
 
 
-_lock = threading.Lock()
-_thread_safe = False
-_after_fork = False  # OpenMP's threads do not live on in a forked child
+@intrinsic
+def _take(typingctx, pointer):
+    """Add 1 to the number at ``pointer``, all threads in turn, and return what it was."""
+
+    def add(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(pointer), add
 
 
-def _forked() -> None:
-    global _after_fork, _lock
-    _after_fork, _lock = True, threading.Lock()
+@intrinsic
+def _pointer(typingctx, address, element):
+    """The address as a pointer to elements of a type."""
+    pointer = types.CPointer(element.dtype)
+
+    def convert(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(address, element), convert
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
-if numba.config.THREADING_LAYER == "default":
-    # With OpenMP first, torch and Numba share one pool of threads.
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+@intrinsic
+def _as_float(typingctx, bits):
+    """The 64 bits of an integer as a float64."""
+    return types.float64(bits), lambda context, builder, signature, args: builder.bitcast(
+        args[0], ir.DoubleType()
+    )
 
 
 @intrinsic
@@ -360,22 +349,38 @@ def _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0,
                 i = k
 
 
-def _rows_forward(
-    x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply, blocks, splits
-):
-    samples, channels, size = x.shape
-    cuts = 1 if apply and mask.size else splits  # samples of one channel share bytes of the mask
-    for index in prange(blocks * cuts):
-        task = np.int64(index)
-        c0, c1 = _range(task // cuts, blocks, channels)
-        n0, n1 = _range(task % cuts, cuts, samples)
-        if measure:
-            out = partial[task % cuts]
-            _rows_moments(x, c0, c1, n0, n1, out)
-            if splits == 1:
-                _finish(c0, c1, samples * size, out, eps, stats)
-        if apply:  # while these channels are in the cache, if all has been measured
-            _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1)
+def _rows_forward(stored, number):
+    def kernel(p):
+        a = numba.carray(p, _ARGUMENTS)
+        measure, apply, relu, eps = a[1], a[2], a[3] != 0, _as_float(a[4])
+        blocks, splits, channels = a[5], a[6], a[7]
+        shape, mask_shape = (a[8], channels, a[9]), (a[10], a[11])
+        none = (np.int64(1), np.int64(1), np.int64(0))
+        x = numba.carray(_pointer(a[12], stored), shape)
+        residual = numba.carray(_pointer(a[13], stored), shape if a[13] else none)
+        y = numba.carray(_pointer(a[14], stored), shape)
+        mask = numba.carray(_pointer(a[15], numba.uint8), mask_shape)
+        weight = numba.carray(_pointer(a[16], number), channels)
+        bias = numba.carray(_pointer(a[17], number), channels)
+        stats = numba.carray(_pointer(a[18], number), (3, channels))
+        partial = numba.carray(_pointer(a[19], numba.float64), (splits, 2, channels))
+        # The samples of one channel share bytes of the mask.
+        cuts = np.int64(1) if apply and mask.size else splits
+        while True:
+            task = _take(p)
+            if task >= blocks * cuts:
+                break
+            c0, c1 = _range(task // cuts, blocks, channels)
+            n0, n1 = _range(task % cuts, cuts, shape[0])
+            if measure:
+                out = partial[task % cuts]
+                _rows_moments(x, c0, c1, n0, n1, out)
+                if splits == 1:
+                    _finish(c0, c1, shape[0] * shape[2], out, eps, stats)
+            if apply:  # while these channels are in the cache, if all has been measured
+                _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1)
+
+    return kernel
 
 
 @_jit
@@ -428,23 +433,39 @@ def _rows_gradient(dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c
                 i = k
 
 
-def _rows_backward(
-    dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply, blocks, splits
-):
-    samples, channels, _ = x.shape
-    for index in prange(blocks * splits):
-        task = np.int64(index)
-        c0, c1 = _range(task // splits, blocks, channels)
-        n0, n1 = _range(task % splits, splits, samples)
-        if measure:
-            out = partial[task % splits]
-            _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out)
-            if splits == 1:
-                _add_up(c0, c1, out, stats, sums)
-        if apply:
-            _rows_gradient(
-                dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1
-            )
+def _rows_backward(stored, number):
+    def kernel(p):
+        a = numba.carray(p, _ARGUMENTS)
+        measure, apply, count = a[1], a[2], a[4]
+        blocks, splits, channels = a[5], a[6], a[7]
+        shape, mask_shape = (a[8], channels, a[9]), (a[10], a[11])
+        none = (np.int64(1), np.int64(1), np.int64(0))
+        dy = numba.carray(_pointer(a[12], stored), shape)
+        x = numba.carray(_pointer(a[13], stored), shape)
+        dx = numba.carray(_pointer(a[14], stored), shape)
+        dresidual = numba.carray(_pointer(a[15], stored), shape if a[15] else none)
+        mask = numba.carray(_pointer(a[16], numba.uint8), mask_shape)
+        weight = numba.carray(_pointer(a[17], number), channels)
+        stats = numba.carray(_pointer(a[18], number), (3, channels))
+        sums = numba.carray(_pointer(a[19], number), (2, channels))
+        partial = numba.carray(_pointer(a[20], numba.float64), (splits, 2, channels))
+        while True:
+            task = _take(p)
+            if task >= blocks * splits:
+                break
+            c0, c1 = _range(task // splits, blocks, channels)
+            n0, n1 = _range(task % splits, splits, shape[0])
+            if measure:
+                out = partial[task % splits]
+                _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out)
+                if splits == 1:
+                    _add_up(c0, c1, out, stats, sums)
+            if apply:
+                _rows_gradient(
+                    dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1
+                )
+
+    return kernel
 
 
 # Panels: x is (M, K), loops run over K neighbours that belong to many channels. Column k is of
@@ -570,25 +591,39 @@ def _panel_normalize(
                     m[k] = (m[k] & keep) | (np.uint8(0) if cut else one)
 
 
-def _panel_forward(
-    x, residual, y, mask, weight, bias, stats, partial, eps, relu, measure, apply,
-    repeat, size, blocks, splits,
-):  # fmt: skip
-    rows, channels = x.shape[0], weight.size
-    for index in prange(blocks * splits):
-        task = np.int64(index)
-        c0, c1 = _range(task // splits, blocks, channels)
-        if measure:
-            r0, r1 = _range(task % splits, splits, rows)
-            out = partial[task % splits]
-            _panel_moments(x, repeat, size, r0, r1, c0, c1, out)
-            if splits == 1:
-                _finish(c0, c1, rows * repeat * size, out, eps, stats)
-        if apply:
-            r0, r1 = _range(task % splits, splits, mask.shape[0] if mask.size else rows)
-            _panel_normalize(
-                x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1
-            )
+def _panel_forward(stored, number):
+    def kernel(p):
+        a = numba.carray(p, _ARGUMENTS)
+        measure, apply, relu, eps = a[1], a[2], a[3] != 0, _as_float(a[4])
+        blocks, splits, channels = a[5], a[6], a[7]
+        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[22], a[23]
+        none = (np.int64(1), np.int64(0))
+        x = numba.carray(_pointer(a[12], stored), shape)
+        residual = numba.carray(_pointer(a[13], stored), shape if a[13] else none)
+        y = numba.carray(_pointer(a[14], stored), shape)
+        mask = numba.carray(_pointer(a[15], numba.uint8), mask_shape)
+        weight = numba.carray(_pointer(a[16], number), channels)
+        bias = numba.carray(_pointer(a[17], number), channels)
+        stats = numba.carray(_pointer(a[18], number), (3, channels))
+        partial = numba.carray(_pointer(a[19], numba.float64), (splits, 2, channels))
+        while True:
+            task = _take(p)
+            if task >= blocks * splits:
+                break
+            c0, c1 = _range(task // splits, blocks, channels)
+            if measure:
+                r0, r1 = _range(task % splits, splits, shape[0])
+                out = partial[task % splits]
+                _panel_moments(x, repeat, size, r0, r1, c0, c1, out)
+                if splits == 1:
+                    _finish(c0, c1, shape[0] * repeat * size, out, eps, stats)
+            if apply:
+                r0, r1 = _range(task % splits, splits, mask_shape[0] if mask.size else shape[0])
+                _panel_normalize(
+                    x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1
+                )
+
+    return kernel
 
 
 @_jit
@@ -672,31 +707,116 @@ def _panel_gradient(
                     dr[k] = _down(dx, a[k] * g + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
 
 
-def _panel_backward(
-    dy, x, dx, dresidual, mask, weight, stats, sums, partial, count, measure, apply,
-    repeat, size, blocks, splits,
-):  # fmt: skip
-    channels, height = weight.size, mask.shape[0] if mask.size else x.shape[0]
-    for index in prange(blocks * splits):
-        task = np.int64(index)
-        c0, c1 = _range(task // splits, blocks, channels)
-        r0, r1 = _range(task % splits, splits, height)
-        if measure:
-            out = partial[task % splits]
-            _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out)
-            if splits == 1:
-                _add_up(c0, c1, out, stats, sums)
-        if apply:
-            _panel_gradient(
-                dy, x, dx, dresidual, mask, weight, stats, sums, count,
-                repeat, size, r0, r1, c0, c1,
-            )  # fmt: skip
+def _panel_backward(stored, number):
+    def kernel(p):
+        a = numba.carray(p, _ARGUMENTS)
+        measure, apply, count = a[1], a[2], a[4]
+        blocks, splits, channels = a[5], a[6], a[7]
+        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[22], a[23]
+        none = (np.int64(1), np.int64(0))
+        dy = numba.carray(_pointer(a[12], stored), shape)
+        x = numba.carray(_pointer(a[13], stored), shape)
+        dx = numba.carray(_pointer(a[14], stored), shape)
+        dresidual = numba.carray(_pointer(a[15], stored), shape if a[15] else none)
+        mask = numba.carray(_pointer(a[16], numba.uint8), mask_shape)
+        weight = numba.carray(_pointer(a[17], number), channels)
+        stats = numba.carray(_pointer(a[18], number), (3, channels))
+        sums = numba.carray(_pointer(a[19], number), (2, channels))
+        partial = numba.carray(_pointer(a[20], numba.float64), (splits, 2, channels))
+        while True:
+            task = _take(p)
+            if task >= blocks * splits:
+                break
+            c0, c1 = _range(task // splits, blocks, channels)
+            r0, r1 = _range(task % splits, splits, mask_shape[0] if mask.size else shape[0])
+            if measure:
+                out = partial[task % splits]
+                _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out)
+                if splits == 1:
+                    _add_up(c0, c1, out, stats, sums)
+            if apply:
+                _panel_gradient(
+                    dy, x, dx, dresidual, mask, weight, stats, sums, count,
+                    repeat, size, r0, r1, c0, c1,
+                )  # fmt: skip
+
+    return kernel
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+# A kernel is a C function of one array of integers: the number of the next task, which every thread
+# that runs the kernel draws from, then flags, lengths and addresses.
+_ARGUMENTS = 24
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _compiled(make: Callable[..., Any], dtype: torch.dtype) -> Any:
+    """The kernel for a dtype, compiled or from Numba's cache: address, and callable from Python."""
+    stored, number = _STORED[dtype]
+    signature = types.void(types.CPointer(types.int64))
+    kernel = _cached(
+        lambda cache: numba.cfunc(signature, cache=cache, fastmath=_FAST, error_model="numpy")(
+            make(stored, number)
+        )
+    )
+    return kernel, kernel.address, _KERNEL(kernel.address)
+
+
+_after_fork = False  # the threads of torch's pool do not live on in a forked child
+
+
+def _forked() -> None:
+    global _after_fork
+    _after_fork = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _find_openmp() -> Any:
+    """The function with which torch's own OpenMP library starts a team of threads, or None.
+
+    A pool of our own would find the cores taken: the threads of torch's wait for the next
+    operation without sleeping. Several callers at once are fine, each has a team.
+    """
+    try:
+        start = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
+
+
+_openmp = _find_openmp()
+
+
+@functools.cache
+def _own_threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "bnlib")
+
+
+def _start(make: Callable[..., Any], x: Tensor, arguments: Any) -> None:
+    """Run all tasks of a kernel, on as many threads as torch uses."""
+    _, address, call = _compiled(make, x.dtype)
+    threads = 1 if _after_fork or x.numel() < _SERIAL_BELOW else torch.get_num_threads()
+    threads = min(threads, arguments[5] * arguments[6])
+    arguments[0] = 0
+    if threads == 1:
+        call(arguments)
+    elif _openmp is not None:
+        _openmp(address, arguments, threads, 0)
+    else:
+        others = [_own_threads().submit(call, arguments) for _ in range(threads - 1)]
+        call(arguments)
+        for other in others:
+            other.result()
 
 
 # --- what torch sees ------------------------------------------------------------------------------
-
-_rows = (_Entry(_rows_forward), _Entry(_rows_backward))
-_panel = (_Entry(_panel_forward), _Entry(_panel_backward))
 
 _SHORT = 256  # positions; rows shorter than this are better looked at as a panel
 _WIDE = 1024  # columns, of which a panel's vectors fit into the L1 cache
@@ -706,9 +826,13 @@ class _Plan(NamedTuple):
     """How an input is looked at, and how its work is cut: a function of shape and layout alone."""
 
     lanes: bool  # the channels are neighbours
-    shape: tuple[int, ...]  # (N, C, L) for the row kernels, (M, K) for the panel kernels
-    mask: tuple[int, ...]  # shape of the mask for the kernel
-    cuts: tuple[int, ...]  # the kernel's last arguments
+    panel: bool
+    blocks: int  # cuts of the channels
+    splits: int  # cuts of the samples
+    shape: tuple[int, int]  # of the kernel's view: (N, L) of (N, C, L), or the panel's (M, K)
+    mask: tuple[int, int]
+    repeat: int = 1
+    size: int = 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -720,19 +844,19 @@ def _cut(lanes: bool, samples: int, channels: int, size: int) -> _Plan:
         rows //= repeat
         blocks = -(-channels // _WIDE)
         splits = max(1, min(rows, 64, rows * (channels * repeat // blocks) >> 16))
-        shape, mask = (rows, channels * repeat), (-(-rows // 8), channels * repeat)
-        return _Plan(True, shape, mask, (repeat, 1, blocks, splits))
+        shape = (rows, channels * repeat)
+        return _Plan(True, True, blocks, splits, shape, (-(-rows // 8), shape[1]), repeat)
     eighths = samples % 8 == 0
     if size < _SHORT and eighths:
         blocks = max(min(channels, 16), -(-channels * size // _WIDE))
         splits = 1 if blocks >= 16 else max(1, min(samples // 8, -(-16 // blocks)))
-        shape, mask = (samples, channels * size), (samples // 8, channels * size)
-        return _Plan(False, shape, mask, (1, size, blocks, splits))
+        shape = (samples, channels * size)
+        return _Plan(False, True, blocks, splits, shape, (samples // 8, shape[1]), 1, size)
     # A block reads at least 1024 neighbours at a time and, if it can, fits into the L2 cache.
     blocks = min(channels, max(16, channels * size >> 10, samples * channels * size >> 17))
     splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
     mask = (1, samples // 8 * channels * size) if eighths else (channels, -(-samples * size // 8))
-    return _Plan(False, (samples, channels, size), mask, (blocks, splits))
+    return _Plan(False, False, blocks, splits, (samples, size), mask)
 
 
 def _plan(x: Tensor) -> _Plan:
@@ -749,33 +873,20 @@ def _lay_out(t: Tensor, plan: _Plan) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _array(t: Tensor | None, plan: _Plan, like: Tensor) -> np.ndarray:
-    """The tensor as the kernel's array, without a copy; an array of size 0 for nothing."""
-    stored = _STORED[like.dtype][0]
-    if t is None:
-        return _nothing(stored, len(plan.shape))
-    if plan.lanes:
-        t = t.movedim(1, -1)
-    t = t.detach().view(plan.shape)
-    return (t if t.dtype == stored else t.view(stored)).numpy()
-
-
-@functools.cache
-def _nothing(dtype: torch.dtype, ndim: int) -> np.ndarray:
-    return torch.empty((1,) * (ndim - 1) + (0,), dtype=dtype).numpy()
-
-
-def _bytes(mask: Tensor | None, plan: _Plan) -> np.ndarray:
-    return _nothing(torch.uint8, 2) if mask is None else mask.view(plan.mask).numpy()
-
-
-def _vector(v: Tensor | None, default: float, x: Tensor) -> np.ndarray:
-    """One value per channel, in the dtype to compute with."""
-    dtype = _STORED[x.dtype][1]
+def _vector(v: Tensor | None, default: float, like: Tensor) -> Tensor:
+    """One value per channel, contiguous, of the dtype of ``like``."""
     if v is None:
-        return np.full(x.shape[1], default, dtype)
-    return v.detach().contiguous().numpy().astype(dtype, copy=False) if v.dtype in (
-        torch.float32, torch.float64) else v.detach().float().numpy().astype(dtype, copy=False)
+        return torch.full(like.shape[-1:], default, dtype=like.dtype)
+    v = v.detach()
+    return v if v.dtype == like.dtype and v.is_contiguous() else v.to(like.dtype).contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _number_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -802,11 +913,19 @@ def _find_madvise() -> Any:
 _madvise = _find_madvise()
 
 
+def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> Tensor:
+    """Rows mean, m2 and inv_std."""
+    stats = torch.empty((3, x.shape[1]), dtype=_number_dtype(x))
+    if mean is not None and inv_std is not None:
+        stats[0], stats[2] = mean.detach(), inv_std.detach()
+    return stats
+
+
 def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    stats: np.ndarray,
+    stats: Tensor,
     eps: float,
     residual: Tensor | None,
     relu: bool,
@@ -821,33 +940,30 @@ def _forward(
         stats[:2] = 0
         return y
     residual = None if residual is None else _lay_out(residual, plan)
-    partial = np.empty((plan.cuts[-1], 2, x.shape[1] if measure else 0))
-    arrays = (
-        _array(x, plan, x),
-        _array(residual, plan, x),
-        _array(y, plan, x),
-        _bytes(mask, plan),
-        _vector(weight, 1, x),
-        _vector(bias, 0, x),
-        stats,
-        partial,
-    )
-    kernel, elements = (_panel if len(plan.shape) == 2 else _rows)[0], x.numel()
-    whole = plan.cuts[-1] == 1  # every task has all of its channels: measure and apply at once
-    if measure:
-        kernel(elements, *arrays, eps, relu, True, apply and whole, *plan.cuts)
-        if not whole:
-            _merge(partial, plan.shape[0], elements // x.shape[1] // plan.shape[0], eps, stats)
-    if apply and not (measure and whole):
-        kernel(elements, *arrays, eps, relu, False, True, *plan.cuts)
+    channels = x.shape[1]
+    weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
+    partial = np.empty((plan.splits, 2, channels)) if measure else None
+    whole = plan.splits == 1  # every task has all of its channels: measure and apply at once
+    arguments = (ctypes.c_int64 * _ARGUMENTS)(
+        0, measure, apply and (whole or not measure), relu, _bits_of(eps),
+        plan.blocks, plan.splits, channels, *plan.shape, *(plan.mask if mask is not None else (1, 0)),
+        x.data_ptr(), _address(residual), _address(y), _address(mask),
+        weight.data_ptr(), bias.data_ptr(), stats.data_ptr(),
+        0 if partial is None else partial.ctypes.data, 0, 0, plan.repeat, plan.size,
+    )  # fmt: skip
+    kernel = _panel_forward if plan.panel else _rows_forward
+    _start(kernel, x, arguments)
+    if partial is not None and not whole:
+        rows = plan.shape[0]
+        _merge(partial, rows, x.numel() // channels // rows, eps, stats.numpy())
+        if apply:
+            arguments[1], arguments[2] = False, True
+            _start(kernel, x, arguments)
     return y
 
 
-def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> np.ndarray:
-    stats = np.empty((3, x.shape[1]), _STORED[x.dtype][1])
-    if mean is not None and inv_std is not None:
-        stats[0], stats[2] = mean.detach().numpy(), inv_std.detach().numpy()
-    return stats
+def _bits_of(value: float) -> int:
+    return int.from_bytes(struct.pack("=d", value), sys.byteorder, signed=True)
 
 
 def _count(x: Tensor) -> int:
@@ -856,10 +972,10 @@ def _count(x: Tensor) -> int:
 
 def moments(x: Tensor, channel_axis: int = 1) -> Moments:
     """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`."""
-    x, stats = x.movedim(channel_axis, 1), None
+    x = x.movedim(channel_axis, 1)
     stats = _stats(x)
     _forward(x, None, None, stats, 1.0, None, False, None, True, False)
-    return Moments(_count(x), *torch.from_numpy(stats)[:2].unbind())
+    return Moments(_count(x), stats[0], stats[1])
 
 
 def normalize(
@@ -906,7 +1022,7 @@ def moments_and_normalize(
     stats = _stats(x)
     y = _forward(x, weight, bias, stats, eps, residual, relu, mask, True, True)
     assert y is not None
-    mean, m2, inv_std = torch.from_numpy(stats).unbind()
+    mean, m2, inv_std = stats.unbind()
     return y, Moments(_count(x), mean, m2), inv_std
 
 
@@ -914,8 +1030,8 @@ def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    stats: np.ndarray,
-    sums: np.ndarray,
+    stats: Tensor,
+    sums: Tensor,
     count: int,
     mask: Tensor | None,
     dresidual: Tensor | None,
@@ -927,28 +1043,26 @@ def _backward(
     dx = empty_like(x) if apply else None
     if x.numel() == 0:
         if measure:
-            sums[:] = 0
+            sums.zero_()
         return dx
-    partial = np.empty((plan.cuts[-1], 2, x.shape[1] if measure else 0))
-    arrays = (
-        _array(dy, plan, x),
-        _array(x, plan, x),
-        _array(dx, plan, x),
-        _array(dresidual, plan, x),
-        _bytes(mask, plan),
-        _vector(weight, 1, x),
-        stats,
-        sums,
-        partial,
-    )
-    kernel, elements = (_panel if len(plan.shape) == 2 else _rows)[1], x.numel()
-    whole = plan.cuts[-1] == 1
-    if measure:
-        kernel(elements, *arrays, count, True, apply and whole, *plan.cuts)
-        if not whole:
-            _add_up_all(partial, stats, sums)
-    if apply and not (measure and whole):
-        kernel(elements, *arrays, count, False, True, *plan.cuts)
+    channels = x.shape[1]
+    weight = _vector(weight, 1, stats)
+    partial = np.empty((plan.splits, 2, channels)) if measure else None
+    whole = plan.splits == 1
+    arguments = (ctypes.c_int64 * _ARGUMENTS)(
+        0, measure, apply and (whole or not measure), 0, count,
+        plan.blocks, plan.splits, channels, *plan.shape, *(plan.mask if mask is not None else (1, 0)),
+        dy.data_ptr(), x.data_ptr(), _address(dx), _address(dresidual), _address(mask),
+        weight.data_ptr(), stats.data_ptr(), sums.data_ptr(),
+        0 if partial is None else partial.ctypes.data, 0, plan.repeat, plan.size,
+    )  # fmt: skip
+    kernel = _panel_backward if plan.panel else _rows_backward
+    _start(kernel, x, arguments)
+    if partial is not None and not whole:
+        _add_up_all(partial, stats.numpy(), sums.numpy())
+        if apply:
+            arguments[1], arguments[2] = False, True
+            _start(kernel, x, arguments)
     return dx
 
 
@@ -971,9 +1085,9 @@ def grad_sums(
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = np.empty((2, x.shape[1]), _STORED[x.dtype][1])
+    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
     _backward(dy, x, None, _stats(x, mean, inv_std), sums, 1, mask, None, True, False)
-    first, second = torch.from_numpy(sums).unbind()
+    first, second = sums.unbind()
     return first, second
 
 
@@ -1002,8 +1116,8 @@ def grad_input(
         Tensor of the shape, dtype and memory format of ``x``.
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = np.empty((2, x.shape[1]), _STORED[x.dtype][1])
-    sums[0], sums[1] = sum_dy.detach().numpy(), sum_dy_x_hat.detach().numpy()
+    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
+    sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
     stats = _stats(x, mean, inv_std)
     dx = _backward(dy, x, weight, stats, sums, max(count, 1), mask, dresidual, False, True)
     assert dx is not None
@@ -1022,9 +1136,9 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
-    sums = np.empty((2, x.shape[1]), _STORED[x.dtype][1])
+    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
     stats = _stats(x, mean, inv_std)
     dx = _backward(dy, x, weight, stats, sums, max(count, 1), mask, dresidual, True, True)
     assert dx is not None
-    first, second = torch.from_numpy(sums).unbind()
+    first, second = sums.unbind()
     return dx, first, second
