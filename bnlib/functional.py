@@ -313,7 +313,12 @@ def _update(
     """Move the running statistics, in place, towards those of a batch."""
     if running_mean is None or running_var is None or batch.count == 0:
         return
-    batch = Moments(batch.count, batch.mean.detach(), batch.m2.detach())
+    mean, m2 = batch.mean.detach(), batch.m2.detach()
+    if running_mean.dtype == running_var.dtype == mean.dtype:  # the same in three operations
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(m2 / (batch.count - 1), momentum)
+        return
+    batch = Moments(batch.count, mean, m2)
     new = reference.update_running_stats(running_mean, running_var, batch, momentum)
     running_mean.copy_(new[0])
     running_var.copy_(new[1])

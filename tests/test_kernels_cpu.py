@@ -1,4 +1,4 @@
-"""bnlib.kernels.cpu: equal to the reference, the same bits on any number of threads, safe to share."""
+"""bnlib.kernels.cpu: equal to the reference, the same bits on any number of threads."""
 
 import concurrent.futures
 

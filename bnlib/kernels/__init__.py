@@ -33,9 +33,11 @@ def empty_mask(x: Tensor) -> Tensor:
     The eight bits of a byte belong to elements that are far apart, so that neighbours in memory
     lie in neighbouring bytes under the same bit, and loops over them vectorise::
 
-        channels are neighbours:  (R, C),    bit r // R of byte (r % R, c),  R = ⌈M/8⌉ of M positions
-        N is divisible by 8:      (J, C, L), bit n // J of byte (n % J, c, l),  J = N/8
-        otherwise:                (C, R),    bit e // R of byte (c, e % R),  e = n L + l,  R = ⌈N L/8⌉
+        channels are neighbours:  (R, C),     bit r // R of byte (r % R, c),   R = ⌈N L / 8⌉
+        N is divisible by 8:      (J, C, L),  bit n // J of byte (n % J, c, l),  J = N / 8
+        otherwise:                (C, R),     bit r // R of byte (c, r % R),   R = ⌈N L / 8⌉
+
+    where r = n L + l numbers the positions.
 
     The last byte of a channel may be padded; nothing else is.
 

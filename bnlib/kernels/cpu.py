@@ -1,16 +1,18 @@
+# mypy: disable-error-code="no-untyped-def"
 """The four primitives for CPU tensors, compiled by Numba.
 
-An input is looked at in one of two ways. *Rows*, (N, C, L): loops run over the L neighbours of one
-channel of one sample. *Panels*, (M, K): loops run over neighbours that belong to different channels,
-each with sums of its own; so are channels_last and (N, C) inputs and short rows. Any strides that
-are neither contiguous nor channels_last are copied first.
+An input is looked at in one of two ways. *Rows*, (N, C, L): loops run over the L neighbours of
+one channel of one sample. *Panels*, (M, K): loops run over neighbours that belong to different
+channels, each with sums of its own; so are channels_last and (N, C) inputs and short rows. Any
+strides that are neither contiguous nor channels_last are copied first.
 
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
 results are merged in a fixed order: the bits do not depend on the number of threads.
 
-Statistics are float64 sums of d and d², where d = x - x₀ is the distance from the task's first value
-of the channel. That is not E[x²] - E[x]²: x₀ is one of the n values, so (x₀ - mean)² <= n σ², and the
-relative error of the variance is at most n times that of a float64 sum, however large the mean.
+Statistics are float64 sums of d and d², where d = x - x₀ is the distance from the task's first
+value of the channel. That is not E[x²] - E[x]²: x₀ is one of the n values, so (x₀ - mean)² <= n σ²,
+and the relative error of the variance is at most n times that of a float64 sum, however large the
+mean.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
@@ -63,7 +65,7 @@ def supports(x: Tensor) -> bool:
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-_OPTIONS = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
 
 
 def _cached(decorate: Callable[..., Any]) -> Any:
@@ -522,7 +524,7 @@ def _panel_moments(x, repeat, size, r0, r1, c0, c1, out):
     shift, s, q = np.empty(width), np.zeros(width), np.zeros(width)
     _spread(first, repeat, size, c0, c1, shift)
     quads = (r1 - r0) // 4 * 4
-    for r in range(r0, r0 + quads, 4):
+    for r in range(r0, r0 + quads, 4):  # four rows at a time, to touch s and q less often
         xa, xb, xc, xd = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
         for k in range(width):
             a = np.float64(_up(xa[k])) - shift[k]
@@ -632,19 +634,12 @@ def _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out):
     mean, s, q = np.empty(width), np.zeros(width), np.zeros(width)
     _spread(stats[0], repeat, size, c0, c1, mean)
     if mask.size == 0:
-        pairs = (r1 - r0) // 2 * 2
-        for r in range(r0, r0 + pairs, 2):
-            xa, xb, ga, gb = x[r, k0:k1], x[r + 1, k0:k1], dy[r, k0:k1], dy[r + 1, k0:k1]
+        for r in range(r0, r1):
+            xr, gr = x[r, k0:k1], dy[r, k0:k1]
             for k in range(width):
-                g, h = np.float64(_up(ga[k])), np.float64(_up(gb[k]))
-                s[k] += g + h
-                u, v = np.float64(_up(xa[k])) - mean[k], np.float64(_up(xb[k])) - mean[k]
-                q[k] += g * u + h * v
-        for r in range(r0 + pairs, r1):
-            for k in range(width):
-                g = np.float64(_up(dy[r, k0 + k]))
+                g = np.float64(_up(gr[k]))
                 s[k] += g
-                q[k] += g * (np.float64(_up(x[r, k0 + k])) - mean[k])
+                q[k] += g * (np.float64(_up(xr[k])) - mean[k])
     else:
         rows, groups = x.shape[0], mask.shape[0]
         for j in range(r0, r1):
@@ -945,7 +940,7 @@ def _forward(
     whole = plan.splits == 1  # every task has all of its channels: measure and apply at once
     arguments = (ctypes.c_int64 * _ARGUMENTS)(
         0, measure, apply and (whole or not measure), relu, _bits_of(eps),
-        plan.blocks, plan.splits, channels, *plan.shape, *(plan.mask if mask is not None else (1, 0)),
+        plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
         x.data_ptr(), _address(residual), _address(y), _address(mask),
         weight.data_ptr(), bias.data_ptr(), stats.data_ptr(),
         0 if partial is None else partial.ctypes.data, 0, 0, plan.repeat, plan.size,
@@ -1050,7 +1045,7 @@ def _backward(
     whole = plan.splits == 1
     arguments = (ctypes.c_int64 * _ARGUMENTS)(
         0, measure, apply and (whole or not measure), 0, count,
-        plan.blocks, plan.splits, channels, *plan.shape, *(plan.mask if mask is not None else (1, 0)),
+        plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
         dy.data_ptr(), x.data_ptr(), _address(dx), _address(dresidual), _address(mask),
         weight.data_ptr(), stats.data_ptr(), sums.data_ptr(),
         0 if partial is None else partial.ctypes.data, 0, plan.repeat, plan.size,
