@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 # ResNet-50's batch norms, (channels, height = width), and shapes of no particular network.
@@ -208,7 +208,7 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
 
 
 def measure_training(quick: bool) -> list[dict]:
-    """One training step of a residual network on photo patches, with torch's batch norm and ours."""
+    """A training step of a residual network on photo patches, with torch's batch norm and ours."""
     import torch
 
     import bnlib.nn
@@ -235,9 +235,7 @@ def measure_training(quick: bool) -> list[dict]:
     def network(fused=False):
         torch.manual_seed(0)
         widths = [32, 32, 64, 64, 128, 128]
-        blocks = [
-            Block(a, b, 1 if a == b else 2, fused) for a, b in zip(widths, widths[1:], strict=False)
-        ]
+        blocks = [Block(a, b, 1 if a == b else 2, fused) for a, b in itertools.pairwise(widths)]
         stem = torch.nn.Conv2d(3, 32, 3, 1, 1, bias=False)
         head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, 8)]
         return torch.nn.Sequential(stem, torch.nn.BatchNorm2d(32), *blocks, *head)
@@ -301,14 +299,14 @@ def summarise(rows: list[dict]) -> None:
         f"{'pages':>5} threads {'layout':13} {'operation':28} eager compile  slower than eager at"
     )
     for group, members in sorted(groups.items()):
-        mean: Callable[[str], str] = lambda key, members=members: geometric_mean(members, key)
+        means = [geometric_mean(members, key) for key in ("eager_ratio", "compile_ratio")]
         slower = [
             f"{r['batch']}x{r['channels']}x{r['size']}" for r in members if r["eager_ratio"] < 1
         ]
         huge, threads, layout, operation = group
         print(
             f"{'huge' if huge else '4K':>5} {threads:7} {layout:13} {operation:28} "
-            f"{mean('eager_ratio'):>5} {mean('compile_ratio'):>7}  {' '.join(slower)}"
+            f"{means[0]:>5} {means[1]:>7}  {' '.join(slower)}"
         )
 
 

@@ -167,7 +167,7 @@ def _finish(c0, c1, count, out, eps, stats):
 
 
 @_jit
-def _merge(partial.numpy(), rows, per_row, eps, stats):
+def _merge(partial, rows, per_row, eps, stats):
     """:func:`bnlib.merge` over the tasks that shared ``rows``; then as _finish."""
     splits, _, channels = partial.shape
     count = rows * per_row
@@ -195,7 +195,7 @@ def _add_up(c0, c1, out, stats, sums):
 
 
 @_jit
-def _add_up_all(partial.numpy(), stats, sums):
+def _add_up_all(partial, stats, sums):
     splits, _, channels = partial.shape
     total = np.zeros((2, channels))
     for s in range(splits):
