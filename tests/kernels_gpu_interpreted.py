@@ -44,7 +44,7 @@ def cut(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(gpu, "_whole", lambda *args, **kwargs: None)
     if request.param == "small tiles":
-        monkeypatch.setattr(gpu, "_TILE", 256)
+        monkeypatch.setattr(gpu, "_TILE", 1024)
         monkeypatch.setattr(gpu, "_pixels", lambda p: 32)
         monkeypatch.setattr(gpu, "_PROGRAMS", 6)
         monkeypatch.setattr(gpu, "_GRID", 3)
@@ -91,9 +91,8 @@ def assert_moments_close(got, expected):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 1000.0), (torch.float16, 0.0)])
+@pytest.mark.parametrize("cut", ["tiles", "small tiles"], indirect=True)
 def test_moments(cut, shape, layout, dtype, offset):
-    if cut == "whole":
-        pytest.skip("moments alone are always taken by tiles")
     x = draw(shape, dtype, layout, offset)
     got, expected = gpu.moments(x), reference.moments(x.double())
     assert got.count == expected.count
