@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run test_kernels_gpu.py, which runs this file"
-
 import pytest
 import torch
 
-from bnlib import reference
+from bnlib import functional, reference
 from bnlib.kernels import gpu
 from bnlib.moments import Moments
 
@@ -36,6 +34,8 @@ LAYOUTS = ["contiguous", "channels_last"]
 # 11 or 8 bits; Triton's interpreter truncates bfloat16 instead, which doubles the error.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 EPS = 1e-5
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_kernels_gpu.py, which runs this file"
 
 
 @pytest.fixture(params=["whole", "tiles", "small tiles"])
@@ -106,7 +106,9 @@ FUSED = [(False, False), (True, True), (True, False), (False, True)]
 def forward(x, w, b, residual, relu, running=None):
     """y and the mask of the kernels under test, with residual and ReLU as asked for."""
     mask = gpu.empty_mask(x).fill_(0xAA) if relu else None
-    options = {} if running is None else dict(zip(("running_mean", "running_var"), running))
+    options = (
+        {} if running is None else dict(zip(("running_mean", "running_var"), running, strict=True))
+    )
     if options:
         options["momentum"] = 0.25
     return *gpu.moments_and_normalize(x, w, b, EPS, residual, relu, mask, **options), mask
@@ -147,7 +149,7 @@ def test_training(cut, shape, dtype, offset, layout):
     assert batch.count == cache.moments.count
     assert_moments_close(batch, cache.moments)
     assert_close(inv_std, cache.inv_std, 2e-6)
-    for got, expected in zip(running, expected_running):
+    for got, expected in zip(running, expected_running, strict=True):
         assert_close(got, expected, 1e-6)
 
     dresidual = gpu.empty_like(x).fill_(torch.nan) if residual is not None and relu else None
@@ -185,10 +187,9 @@ def test_the_four_primitives(layout, with_residual, relu):
         expected, dyd = expected.relu(), torch.where(expected > 0, dyd, 0)
         assert torch.equal(gpu.unpack_mask(mask, x), expected > 0)
     assert_close(y, expected, 2e-6)
-    for got, sum_ in zip(
-        gpu.grad_sums(dy, x, mean, inv_std, mask=mask), reference.grad_sums(dyd, xd, md, rd)
-    ):
-        assert_close(got, sum_, 1e-5)
+    expected = reference.grad_sums(dyd, xd, md, rd)
+    for got, wanted in zip(gpu.grad_sums(dy, x, mean, inv_std, mask=mask), expected, strict=True):
+        assert_close(got, wanted, 1e-5)
     dresidual = gpu.empty_like(x)
     arguments = (mean, inv_std, w, sums, mean, count)
     dx = gpu.grad_input(dy, x, *arguments, mask=mask, dresidual=dresidual)
@@ -200,7 +201,7 @@ def test_the_four_primitives(layout, with_residual, relu):
 @pytest.mark.parametrize("given", [(True, False), (False, True), (False, False)])
 def test_without_weight_or_bias(cut, given):
     x = draw((3, 5, 17))
-    w, b = (v if is_given else None for v, is_given in zip(vectors(5), given))
+    w, b = (v if is_given else None for v, is_given in zip(vectors(5), given, strict=True))
     y, batch, inv_std, _ = forward(x, w, b, None, False)
     expected, cache = reference.batch_norm_forward(x.double(), *doubles(w, b), eps=EPS)
     assert_close(y, expected, 2e-6)
@@ -216,7 +217,7 @@ def test_half_parameters_and_running_statistics():
     )
     y, *_ = forward(x, w, b, None, False, running)
     assert_close(y, reference.batch_norm_forward(*doubles(x, w, b), eps=EPS)[0], 2**-7)
-    for got, wanted in zip(running, expected):
+    for got, wanted in zip(running, expected, strict=True):
         assert_close(got, wanted, 2**-7)
 
 
@@ -345,3 +346,71 @@ def test_errors_name_what_arrived():
         gpu.moments(torch.zeros(2, 3, device="meta"))
     with pytest.raises(TypeError, match=r"torch\.Tensor, got list"):
         gpu.moments([1.0])
+
+
+# --- The layer, by backend="gpu" ------------------------------------------------------------------
+
+
+def layer(x, residual, w, b, running, training, relu, backend):
+    """The output, and the gradients of everything that is given, for a fixed dy."""
+    tensors = {"x": x, "residual": residual, "w": w, "b": b}
+    leaves = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    x, residual, w, b = (leaves.get(name) for name in tensors)
+    if backend == "torch":
+        y = torch.nn.functional.batch_norm(x, *running, w, b, training, 0.25, EPS)
+        y = y if residual is None else y + residual
+        y = y.relu() if relu else y
+    else:
+        fused = {"residual": residual, "activation": "relu" if relu else None}
+        y = functional.batch_norm(x, *running, w, b, training, 0.25, EPS, **fused, backend=backend)
+    dy = draw(y.shape, seed=5).to(y.dtype)
+    return y, *torch.autograd.grad(y, list(leaves.values()), dy)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("with_residual", "relu"), FUSED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_functional(layout, with_residual, relu, training, cut):
+    x = draw((4, 6, 7, 7), layout=layout, offset=1.0)
+    residual = draw(x.shape, layout=layout, seed=3) if with_residual else None
+    w, b = vectors(6)
+    running = [torch.full((6,), 0.5), torch.full((12,), 2.0)[::2]]  # one is not contiguous
+    running_double = doubles(*running)
+    got = layer(x, residual, w, b, running, training, relu, "gpu")
+    expected = layer(*doubles(x, residual, w, b), running_double, training, relu, "torch")
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other, 1e-5)
+    assert got[0].stride() == x.stride()
+    for one, other in zip(running, running_double, strict=True):
+        assert_close(one, other, 1e-6)
+
+
+def test_functional_second_derivative_and_parts():
+    """Where the kernels are not used for all: a second derivative, a gradient of γ alone."""
+    x, (w, b) = draw((3, 4, 5)), vectors(4)
+    for backend in ("gpu", "reference"):
+        x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = functional.batch_norm(
+            x_, None, None, w_, b, True, activation="relu", residual=x, backend=backend
+        )
+        (dx,) = torch.autograd.grad((y * y).sum(), x_, create_graph=True)
+        second = torch.autograd.grad((dx * dx).sum(), (x_, w_))
+        y = functional.batch_norm(
+            x, None, None, w_, b, True, activation="relu", residual=x, backend=backend
+        )
+        (dw,) = torch.autograd.grad((y * y).sum(), w_)
+        if backend == "gpu":
+            found = (*second, dw)
+        else:
+            for one, other in zip(found, (*second, dw), strict=True):
+                assert_close(one, other, 1e-5)
+
+
+def test_running_statistics_have_a_new_version():
+    running_mean, running_var = torch.zeros(3), torch.ones(3)
+    gpu.moments_and_normalize(
+        draw((8, 3)), None, None, EPS, running_mean=running_mean, running_var=running_var
+    )
+    assert running_mean._version == running_var._version == 1

@@ -51,8 +51,8 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
 }
-# Layers of ResNet-50, (N, C, H = W), so that every kernel, every way to cut and every width of loads
-# is met; whether channels are innermost; the bytes that a thread can load at once.
+# Layers of ResNet-50, (N, C, H = W), so that every kernel, way to cut and width of loads is met;
+# whether channels are innermost; the bytes that a thread can load at once.
 CASES = [
     ((256, 256, 56), torch.bfloat16, False, 16),
     ((256, 256, 56), torch.float32, True, 16),
@@ -81,7 +81,7 @@ def launches(monkeypatch, layer, dtype, channels_last):
     gpu.moments_and_normalize(x, v, v, 1e-5, x, True, mask, **running)
     gpu.grad_sums_and_input(x, x, v, v, v, 2, mask=mask, dresidual=dresidual)
     given = [tuple(a is None for a in args) for args, _ in calls]
-    once = {(c[0][0].__name__, str(c[1]), g): c for c, g in zip(calls, given)}
+    once = {(c[0][0].__name__, str(c[1]), g): c for c, g in zip(calls, given, strict=True)}
     return list(once.values())
 
 
@@ -91,7 +91,7 @@ def compiled(kernel, grid, *args, warps=4, **blocks):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    values = dict(zip(kernel.arg_names, args)) | blocks
+    values = dict(zip(kernel.arg_names, args, strict=False)) | blocks
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -134,7 +134,7 @@ def test_compiles_without_spills_and_with_wide_loads(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     suffix = {2: ".U16", 4: "", 8: ".64", 16: ".128"}[wide]
     for args, blocks in launches(monkeypatch, layer, dtype, channels_last):
-        kernel, grid, *tensors = args
+        kernel, _, *tensors = args
         binary = compiled(*args, **blocks)
         registers, stack, code = machine_code(binary.asm["cubin"], tmp_path)
         assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), f"{kernel.__name__} spills"

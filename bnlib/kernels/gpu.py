@@ -23,6 +23,10 @@ With ``TRITON_INTERPRET=1`` in the environment before triton is imported, the sa
 CPU tensors, slowly, one program after the other.
 """
 
+# Triton's functions have no types to write down: mypy checks what calls them.
+# mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
+# mypy: disable-error-code="annotation-unchecked"
+
 from __future__ import annotations
 
 import functools
@@ -52,6 +56,9 @@ _FITS_FUSED = 8192  # as above where more registers are needed, for a second ten
 _FILLS = 64  # programs; fewer leave most of the chip idle, and splitting the channel is faster
 _SMALL = 1 << 18  # elements; below, the launches cost more than an idle chip
 _GRID = 65535  # CUDA's limit on the second dimension of a grid
+# What functional.batch_norm may leave to moments_and_normalize.
+MOVES_RUNNING_STATISTICS = True
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -120,7 +127,9 @@ def _mask_tile(t, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.conste
 
 
 @triton.jit
-def _store_mask(mask, positive, t, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+def _store_mask(
+    mask, positive, t, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr
+):
     """Store a tile of truth values, eight to the byte."""
     base, inside, exists = _mask_tile(t, c0, N, C, P, BN, BC, BP)
     bits = tl.reshape(positive.to(tl.int32), [BN, inside.shape[1], inside.shape[2], 8])
@@ -502,7 +511,7 @@ def supports(x: Tensor) -> bool:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Return an uninitialised tensor of the shape and dtype of ``x``, in a layout of the kernels."""
+    """Return an uninitialised tensor like ``x``, in a layout that the kernels take."""
     return torch.empty_like(_dense(x))
 
 
@@ -691,13 +700,14 @@ def moments_and_normalize(
     Source: Ioffe & Szegedy (2015), algorithms 1 and 2. Derived in *On the GPU*.
     """
     x = _checked(x)
-    running = (running_mean, running_var)
+    running = _contiguous(running_mean, running_var)
     fused = residual is not None or mask is not None
     plan = _whole(*_shape(x), x.itemsize, fused) if x.numel() else None
     if plan is None:
-        batch, inv_std = _moments(x, eps, *running, momentum)
-        fused_arguments = {"residual": residual, "relu": relu, "mask": mask}
-        y = normalize(x, batch.mean, inv_std, weight, bias, **fused_arguments)
+        batch, inv_std = _moments(x, eps, running[0], running[1], momentum)
+        _moved((running_mean, running_var), running)
+        vectors = (batch.mean, inv_std, weight, bias)
+        y = normalize(x, *vectors, residual=residual, relu=relu, mask=mask)
         return y, batch, inv_std
     y = torch.empty_like(x)
     residual = None if residual is None else _dense(residual, x)
@@ -709,6 +719,7 @@ def moments_and_normalize(
         _forward_kernel, plan.grid, *tensors, mean, m2, inv_std, *running, *numbers,
         RELU=relu, warps=plan.warps, **plan.blocks,
     )  # fmt: skip
+    _moved((running_mean, running_var), running)
     return y, Moments(count, mean, m2), inv_std
 
 
@@ -750,7 +761,7 @@ def grad_sums(
         return _zeros(x), _zeros(x)
     plan = _plan(*_shape(x), x.itemsize, reduce=True)
     partials = _partials(x, 2, plan)
-    mean, inv_std = _contiguous(mean, inv_std)
+    mean, inv_std = mean.contiguous(), inv_std.contiguous()
     sums = _new(x, 2)
     _launch(
         _grad_sums_kernel, plan.grid, dy, x, mean, mask, partials, *plan.sizes, **plan.blocks
@@ -843,8 +854,8 @@ def grad_sums_and_input(
     plan = _whole(*_shape(x), x.itemsize, fused=True) if x.numel() else None
     if plan is None:
         sums = grad_sums(dy, x, mean, inv_std, mask=mask)
-        fused = {"mask": mask, "dresidual": dresidual}
-        return grad_input(dy, x, mean, inv_std, weight, *sums, count, **fused), *sums
+        vectors = (mean, inv_std, weight, *sums)
+        return grad_input(dy, x, *vectors, count, mask=mask, dresidual=dresidual), *sums
     dx = torch.empty_like(x)
     sum_dy, sum_dy_x_hat = _new(x, 2)
     tensors = (dy, x, *_contiguous(mean, inv_std, weight), mask, dx, dresidual)
@@ -892,3 +903,14 @@ def _merge(kernel: Any, partials: Tensor, *args: Any) -> None:
 
 def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(v if v is None else v.contiguous() for v in vectors)
+
+
+def _moved(given: tuple[Tensor | None, ...], used: tuple[Tensor | None, ...]) -> None:
+    """Tell torch, which does not look into kernels, that running statistics have changed."""
+    for to, at in zip(given, used, strict=True):
+        if to is None or at is None:
+            continue
+        if to is not at:  # a copy, since the given one is not contiguous
+            to.copy_(at)
+        elif not to.is_inference():
+            torch.autograd.graph.increment_version(to)
