@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -197,6 +199,57 @@ def test_single_read_serves_most_of_resnet50():
     assert sum(counts.values()) == 53
     fits = [k for (c, h), k in counts.items() if gpu._whole(32, c, h * h, 2, fused=False)]
     assert sum(fits) == 41
+
+
+# --- The benchmark --------------------------------------------------------------------------------
+
+CSV_HEADER = "date,machine,gpu,driver,torch,triton,op,layout,dtype,n,c,h,w,impl,median_us,floor_us"
+
+
+@needs_triton
+def test_benchmark_dry_run(tmp_path):
+    """All of the benchmark but the GPU: it checks the kernels, times, and writes the CSV."""
+    code, said = python("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "gpu.csv"))
+    assert code == 0, said
+    assert "results agree with float64" in said
+    text = (tmp_path / "gpu.csv").read_text()
+    assert text.splitlines()[0] == CSV_HEADER
+    rows = list(csv.DictReader(text.splitlines()))
+    assert {row["machine"] for row in rows} == {"dry run"}
+    found = {(row["op"], row["layout"], row["impl"]) for row in rows if row["h"] == "7"}
+    ops = [a + b for a in ("train", "add_relu") for b in ("_fwd", "_bwd", "_fwd_bwd")] + ["eval"]
+    layouts, impls = ("contiguous", "channels_last"), ("bnlib", "eager", "copy")
+    assert found == set(itertools.product(ops, layouts, impls))
+    assert {row["op"] for row in rows} == {*ops, "bandwidth", "resnet50_step"}
+    assert all(float(row["median_us"]) > 0 for row in rows)
+
+
+@needs_triton
+def test_benchmark_finds_a_wrong_kernel(tmp_path):
+    """Its correctness pass can fail: here, of kernels that do not see γ."""
+    (tmp_path / "run.py").write_text(
+        "import runpy, sys, os\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from bnlib.kernels import gpu\n"
+        "right = gpu.moments_and_normalize\n"
+        "gpu.moments_and_normalize = lambda x, w, *a, **k: right(x, None, *a, **k)\n"
+        "sys.argv = ['gpu.py', '--dry-run']\n"
+        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')\n"
+    )
+    code, said = python(str(tmp_path / "run.py"))
+    assert code == 1 and "WRONG: train_fwd_bwd" in said, said
+
+
+def test_benchmark_says_what_is_missing(tmp_path):
+    (tmp_path / "array_api_compat.py").write_text("raise ImportError")
+    code, said = python("benchmarks/gpu.py", PYTHONPATH=str(tmp_path))
+    assert code == 1 and "array-api-compat" in said
+    assert "Traceback" not in said
+
+
+def test_recorded_measurements_have_the_columns():
+    assert (ROOT / "book/data/gpu.csv").read_text().splitlines()[0] == CSV_HEADER
 
 
 # --- Refused --------------------------------------------------------------------------------------
