@@ -97,7 +97,7 @@ def compiled(kernel, grid, *args, warps=4, **blocks):
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
-        if name in blocks or value is None or (isinstance(value, int) and value == 1):
+        if name in blocks or value is None:
             signature[name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, float):
@@ -105,8 +105,10 @@ def compiled(kernel, grid, *args, warps=4, **blocks):
             continue
         is_pointer = isinstance(value, torch.Tensor)
         signature[name] = POINTERS[value.dtype] if is_pointer else "i32"
-        if is_pointer or value % 16 == 0:  # torch's allocator aligns to more than 16 bytes
+        if is_pointer:  # torch's allocator aligns to more than 16 bytes
             attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            assert kernel.params[i].do_not_specialize
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": warps}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

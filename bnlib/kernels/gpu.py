@@ -52,7 +52,7 @@ _TILE = 8192  # bytes: four independent 16-byte loads in each of 128 threads
 _PROGRAMS = 1024  # of a reduction: 8 for each of an H200's 132 multiprocessors, 7 for an H100's
 _SPLITS = 512  # of a channel at most, so that one program can merge them
 _FITS = 32768  # elements of a channel, 32 in each of 1024 threads, which have 64 registers each
-_FITS_FUSED = 8192  # as above where more registers are needed, for a second tensor: 16 in each
+_FITS_FUSED = 8192  # the same for two tensors, or narrow loads: 16 in 512 threads of 128 registers
 _FILLS = 64  # programs; fewer leave most of the chip idle, and splitting the channel is faster
 _SMALL = 1 << 18  # elements; below, the launches cost more than an idle chip
 _GRID = 65535  # CUDA's limit on the second dimension of a grid
@@ -62,7 +62,25 @@ MOVES_RUNNING_STATISTICS = True
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# Triton would compile a kernel anew for sizes that are 1 or divisible by 16, so for other batches.
+_jit = functools.partial(triton.jit, do_not_specialize=["N", "C", "P", "S", "tiles", "per_program"])
+
+
 # --- Pieces of kernels ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _sizes(C, P, CU: tl.constexpr, PU: tl.constexpr, BP: tl.constexpr):
+    """Return C and P, which this does not change: CU divides C, and PU divides P.
+
+    The compiler needs to be told, or it would not dare to load several elements at a time.
+    """
+    C = C // CU * CU
+    if BP == 1:
+        P = 1
+    else:
+        P = P // PU * PU
+    return C, P
 
 
 @triton.jit
@@ -195,12 +213,9 @@ def _store_statistics(
 # --- Kernels that take a split of some channels ---------------------------------------------------
 # Program (i, s) takes the tiles s·per_program, ... of the i-th block of channels. Neighbouring
 # programs, which run at the same time, take neighbouring channels of the same samples.
-#
-# `P = P // PU * PU` changes nothing: PU divides P. The compiler needs to be told, or it would not
-# dare to load more than one element at a time.
 
 
-@triton.jit
+@_jit
 def _moments_kernel(
     x, partials, N, C, P, tiles, per_program, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
@@ -212,8 +227,7 @@ def _moments_kernel(
     pass. Each of the tile's elements has its own accumulator: short sums lose little. The mean is
     stored as two numbers, shift and what is left, since their sum would be rounded.
     """
-    P = P // PU * PU
-    C = C // CU * CU
+    C, P = _sizes(C, P, CU, PU, BP)
     c0 = tl.program_id(0) * BC
     s = tl.program_id(1)
     first = s * per_program
@@ -241,7 +255,7 @@ def _moments_kernel(
     tl.store(at + 3 * row, tl.where(m2 < 0.0, 0.0, m2), c_exists)  # NaN stays NaN
 
 
-@triton.jit
+@_jit
 def _merge_moments_kernel(
     partials, mean, m2, inv_std, running_mean, running_var, C, S, count, eps, momentum,
     BS: tl.constexpr, BC: tl.constexpr,
@@ -265,14 +279,13 @@ def _merge_moments_kernel(
     )
 
 
-@triton.jit
+@_jit
 def _normalize_kernel(
     x, mean, inv_std, weight, bias, residual, y, mask, N, C, P, tiles, per_program,
     RELU: tl.constexpr, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    P = P // PU * PU
-    C = C // CU * CU
+    C, P = _sizes(C, P, CU, PU, BP)
     # Backwards: what the reduction read last is still in the cache.
     c0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BC
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * per_program
@@ -289,14 +302,13 @@ def _normalize_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _grad_sums_kernel(
     dy, x, mean, mask, partials, N, C, P, tiles, per_program, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Store Σdy and Σdy·(x - mean) of one split in ``partials``, shape (2, S, C)."""
-    P = P // PU * PU
-    C = C // CU * CU
+    C, P = _sizes(C, P, CU, PU, BP)
     c0 = tl.program_id(0) * BC
     s = tl.program_id(1)
     c, c_exists = _channels(c0, C, BC)
@@ -314,7 +326,7 @@ def _grad_sums_kernel(
     tl.store(at + tl.num_programs(1) * C, _sum(sum_gd), c_exists)
 
 
-@triton.jit
+@_jit
 def _add_sums_kernel(
     partials, inv_std, sum_dy, sum_dy_x_hat, C, S, BS: tl.constexpr, BC: tl.constexpr
 ):
@@ -329,15 +341,14 @@ def _add_sums_kernel(
     tl.store(sum_dy_x_hat + c, tl.sum(gd, axis=0)[None, :] * r, c < C)
 
 
-@triton.jit
+@_jit
 def _grad_input_kernel(
     dy, x, mean, inv_std, weight, sum_dy, sum_dy_x_hat, mask, dx, dresidual, count,
     N, C, P, tiles, per_program, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """dx = a dy + b (x - mean) + k, with three numbers per channel."""
-    P = P // PU * PU
-    C = C // CU * CU
+    C, P = _sizes(C, P, CU, PU, BP)
     c0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BC  # backwards, as in _normalize_kernel
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * per_program
     c, c_exists = _channels(c0, C, BC)
@@ -358,15 +369,14 @@ def _grad_input_kernel(
 # --- Kernels that take whole channels -------------------------------------------------------------
 
 
-@triton.jit
+@_jit
 def _forward_kernel(
     x, weight, bias, residual, y, mask, mean, m2, inv_std, running_mean, running_var,
     count, eps, momentum, N, C, P, RELU: tl.constexpr, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The whole forward in one read: two-pass moments of registers, as :func:`bnlib.moments`."""
-    P = P // PU * PU
-    C = C // CU * CU
+    C, P = _sizes(C, P, CU, PU, BP)
     c0 = tl.program_id(0) * BC
     t = tl.program_id(1)  # 0: there is one tile
     base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
@@ -389,14 +399,13 @@ def _forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _backward_kernel(
     dy, x, mean, inv_std, weight, mask, dx, dresidual, sum_dy, sum_dy_x_hat, count, N, C, P,
     PU: tl.constexpr, CU: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The whole backward in one read of dy and x."""
-    P = P // PU * PU
-    C = C // CU * CU
+    C, P = _sizes(C, P, CU, PU, BP)
     c0 = tl.program_id(0) * BC
     c, c_exists = _channels(c0, C, BC)
     r = _per_channel(inv_std, c, c_exists, 1.0)
@@ -461,7 +470,8 @@ def _plan(n: int, c: int, p: int, itemsize: int, reduce: bool) -> _Plan:
 @functools.lru_cache(maxsize=4096)
 def _whole(n: int, c: int, p: int, itemsize: int, fused: bool) -> _Plan | None:
     """Cut so that a program holds whole channels, or return None where that does not pay."""
-    fits, each = (_FITS_FUSED, 16) if fused or p == 1 else (_FITS, 32)
+    wide = p % 4 == 0 and not fused
+    fits, each = (_FITS, 32) if wide else (_FITS_FUSED, 16)
     # One channel; where channels are contiguous, 32 bytes of them, the least that memory delivers.
     bc = 1 if p > 1 else 32 // itemsize
     bn, bp = _power(n), 1 if p == 1 else max(_power(p), 8)
