@@ -56,11 +56,9 @@ _FITS_FUSED = 8192  # the same for two tensors, or narrow loads: 16 in 512 threa
 _FILLS = 64  # programs; fewer leave most of the chip idle, and splitting the channel is faster
 _SMALL = 1 << 18  # elements; below, the launches cost more than an idle chip
 _GRID = 65535  # CUDA's limit on the second dimension of a grid
-# What functional.batch_norm may leave to moments_and_normalize.
-MOVES_RUNNING_STATISTICS = True
-
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+MOVES_RUNNING_STATISTICS = True  # moments_and_normalize can: functional.batch_norm need not
 
 # Triton would compile a kernel anew for sizes that are 1 or divisible by 16, so for other batches.
 _jit = functools.partial(triton.jit, do_not_specialize=["N", "C", "P", "S", "tiles", "per_program"])
@@ -96,7 +94,7 @@ def _tile(t, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
     n0 = (t // blocks).to(tl.int64) * BN
     p0 = (t % blocks) * BP
     n = tl.arange(0, BN)[:, None, None]
-    c = tl.arange(0, BC)[None, :, None]
+    c = tl.expand_dims(tl.arange(0, BC), (0, 2))
     p = tl.arange(0, BP)[None, None, :]
     samples = tl.minimum(N - n0, BN).to(tl.int32)
     exists = (n < samples) & (c < C - c0) & (p < P - p0)
@@ -117,13 +115,14 @@ def _sum(v):
     BN: tl.constexpr = v.shape[0]
     BC: tl.constexpr = v.shape[1]
     BP: tl.constexpr = v.shape[2]
-    return tl.sum(tl.reshape(tl.permute(v, 1, 0, 2), [BC, BN * BP]), axis=1)[None, :, None]
+    sums = tl.sum(tl.reshape(tl.permute(v, 1, 0, 2), [BC, BN * BP]), axis=1)
+    return tl.expand_dims(sums, (0, 2))
 
 
 @triton.jit
 def _channels(c0, C, BC: tl.constexpr):
     """Return the channels of a tile, ready to broadcast, and which of them exist."""
-    c = c0 + tl.arange(0, BC)[None, :, None]
+    c = c0 + tl.expand_dims(tl.arange(0, BC), (0, 2))
     return c, c < C
 
 
@@ -285,6 +284,7 @@ def _normalize_kernel(
     RELU: tl.constexpr, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
+    """y = (x - mean) γ inv_std + β, and what is fused."""
     C, P = _sizes(C, P, CU, PU, BP)
     # Backwards: what the reduction read last is still in the cache.
     c0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BC
