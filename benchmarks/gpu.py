@@ -19,6 +19,10 @@ overhead is not measured (it is printed separately). The number is the median of
 The floor of an operation is the time to copy as many bytes as it must move, at the bandwidth of a
 copy in the same run. A tensor that exceeds the L2 cache must be read once for the statistics and
 once again to be normalised; one that fits must be read once.
+
+Two kinds of rows are different: "bandwidth" is the time for 10⁹ bytes (copied: read plus written),
+and "resnet50_step" is the wall time of a training step of the whole network under autocast, the
+host's part included, with no floor.
 """
 
 from __future__ import annotations
@@ -358,6 +362,7 @@ def check_graph():
     n, c, h = 32, 64, 56
     first, second = (Inputs(n, c, h, torch.bfloat16, "contiguous", seed) for seed in (0, 1))
     with torch.no_grad():
+        torch.cuda.synchronize()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             first.forward(layer_bnlib, "add_relu_fwd")
@@ -635,7 +640,7 @@ def main():
     check_large()
     copy_rate, read_rate = bandwidths()
     for impl, rate in (("copy", copy_rate), ("read", read_rate)):
-        # One element of a float32 tensor: the bandwidth, as µs for 10⁹ bytes.
+        # A bandwidth as the other rows are, a time: that of 10⁹ bytes.
         write("bandwidth", "contiguous", "float32", 1, 1, 1, 1, impl, 1e9 / rate, 1e9 / rate)
     print_kernels()
     print_host_overhead()

@@ -74,10 +74,7 @@ def _sizes(C, P, CU: tl.constexpr, PU: tl.constexpr, BP: tl.constexpr):
     The compiler needs to be told, or it would not dare to load several elements at a time.
     """
     C = C // CU * CU
-    if BP == 1:
-        P = 1
-    else:
-        P = P // PU * PU
+    P = 1 if BP == 1 else P // PU * PU
     return C, P
 
 
