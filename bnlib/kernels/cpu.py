@@ -236,16 +236,15 @@ def _row_sums(x, shift):
 
 
 @_jit
-def _row_apply(x, residual, y, mean, scale, bias, relu):
-    zero = type(mean)(0)
+def _row_apply(x, residual, y, mean, scale, bias, floor):
     if residual.size:
         for i in range(x.size):
             v = (_up(x[i]) - mean) * scale + bias + _up(residual[i])
-            y[i] = _down(y, zero if relu and v <= zero else v)
+            y[i] = _down(y, floor if v < floor else v)
     else:
         for i in range(x.size):
             v = (_up(x[i]) - mean) * scale + bias
-            y[i] = _down(y, zero if relu and v <= zero else v)
+            y[i] = _down(y, floor if v < floor else v)
 
 
 @_jit
@@ -332,15 +331,23 @@ def _from_shifted(first, count, s, q):
 
 
 @_jit
+def _floor(stats, relu):
+    """What values are cut off below, so that loops need not ask whether there is a ReLU."""
+    number = type(stats[0, 0])
+    return number(0) if relu else number(-np.inf)
+
+
+@_jit
 def _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1):
     size = x.shape[2]
+    floor = _floor(stats, relu)
     flat = mask.reshape(mask.size)
     for n in range(n0, n1):
         for c in range(c0, c1):
             mean, scale, b = stats[0, c], stats[2, c] * weight[c], bias[c]
             res = residual[n, c] if residual.size else residual[0, 0]
             if mask.size == 0:
-                _row_apply(x[n, c], res, y[n, c], mean, scale, b, relu)
+                _row_apply(x[n, c], res, y[n, c], mean, scale, b, floor)
                 continue
             i = 0
             while i < size:
@@ -556,17 +563,18 @@ def _panel_normalize(x, residual, y, mask, weight, bias, stats, relu, repeat, si
     _spread(bias, repeat, size, c0, c1, shift)
     zero = type(stats[0, 0])(0)
     if mask.size == 0:
+        floor = _floor(stats, relu)
         for r in range(r0, r1):
             xr, yr = x[r, k0:k1], y[r, k0:k1]
             if residual.size:
                 res = residual[r, k0:k1]
                 for k in range(xr.size):
                     v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k] + _up(res[k])
-                    yr[k] = _down(y, zero if relu and v <= zero else v)
+                    yr[k] = _down(y, floor if v < floor else v)
             else:
                 for k in range(xr.size):
                     v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k]
-                    yr[k] = _down(y, zero if relu and v <= zero else v)
+                    yr[k] = _down(y, floor if v < floor else v)
         return
     rows, groups = x.shape[0], mask.shape[0]
     for j in range(r0, r1):  # here r0 .. r1 are rows of the mask
@@ -936,20 +944,20 @@ def _forward(
     residual = None if residual is None else _lay_out(residual, plan)
     channels = x.shape[1]
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
-    partial = np.empty((plan.splits, 2, channels)) if measure else None
+    partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64) if measure else None
     whole = plan.splits == 1  # every task has all of its channels: measure and apply at once
     arguments = (ctypes.c_int64 * _ARGUMENTS)(
         0, measure, apply and (whole or not measure), relu, _bits_of(eps),
         plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
         x.data_ptr(), _address(residual), _address(y), _address(mask),
         weight.data_ptr(), bias.data_ptr(), stats.data_ptr(),
-        0 if partial is None else partial.ctypes.data, 0, 0, plan.repeat, plan.size,
+        _address(partial), 0, 0, plan.repeat, plan.size,
     )  # fmt: skip
     kernel = _panel_forward if plan.panel else _rows_forward
     _start(kernel, x, arguments)
     if partial is not None and not whole:
         rows = plan.shape[0]
-        _merge(partial, rows, x.numel() // channels // rows, eps, stats.numpy())
+        _merge(partial.numpy(), rows, x.numel() // channels // rows, eps, stats.numpy())
         if apply:
             arguments[1], arguments[2] = False, True
             _start(kernel, x, arguments)
@@ -1041,19 +1049,19 @@ def _backward(
         return dx
     channels = x.shape[1]
     weight = _vector(weight, 1, stats)
-    partial = np.empty((plan.splits, 2, channels)) if measure else None
+    partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64) if measure else None
     whole = plan.splits == 1
     arguments = (ctypes.c_int64 * _ARGUMENTS)(
         0, measure, apply and (whole or not measure), 0, count,
         plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
         dy.data_ptr(), x.data_ptr(), _address(dx), _address(dresidual), _address(mask),
         weight.data_ptr(), stats.data_ptr(), sums.data_ptr(),
-        0 if partial is None else partial.ctypes.data, 0, plan.repeat, plan.size,
+        _address(partial), 0, plan.repeat, plan.size,
     )  # fmt: skip
     kernel = _panel_backward if plan.panel else _rows_backward
     _start(kernel, x, arguments)
     if partial is not None and not whole:
-        _add_up_all(partial, stats.numpy(), sums.numpy())
+        _add_up_all(partial.numpy(), stats.numpy(), sums.numpy())
         if apply:
             arguments[1], arguments[2] = False, True
             _start(kernel, x, arguments)
