@@ -136,16 +136,24 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
         needs_grad = need_x or need_weight or need_bias or need_residual
-        mask = empty_mask(x) if relu and needs_grad else None
+        mask = None
+        if relu and needs_grad:
+            mask = getattr(kernels, "empty_mask", empty_mask)(x)
         fused = (residual, relu, mask)
         batch: Moments | None = None
+        running: dict[str, Any] = {}  # what the kernels move themselves
         if not training:
             assert running_mean is not None and running_var is not None  # _check has seen to it
             mean, var = _widen(running_mean), _widen(running_var)
             inv_std = torch.rsqrt(var + eps)
             y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
         elif group is None and kernels is not reference:
-            y, batch, inv_std = kernels.moments_and_normalize(x, weight, bias, eps, *fused)
+            if getattr(kernels, "MOVES_RUNNING_STATISTICS", False):
+                running = {"running_mean": running_mean, "running_var": running_var}
+                running["momentum"] = momentum
+            y, batch, inv_std = kernels.moments_and_normalize(
+                x, weight, bias, eps, *fused, **running
+            )
             mean = batch.mean
         else:
             batch = kernels.moments(x)
@@ -157,7 +165,7 @@ class _BatchNorm(torch.autograd.Function):
                     )
             mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(batch.count, 1) + eps)
             y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
-        if batch is not None:
+        if batch is not None and not running:
             _update(running_mean, running_var, batch, momentum)
         if needs_grad:
             ctx.save_for_backward(x, weight, mean, inv_std, mask)
@@ -181,7 +189,8 @@ class _BatchNorm(torch.autograd.Function):
                 batch = reference.moments(x)
                 mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(count, 1) + ctx.eps)
         if mask is not None and (kernels is reference or count is None or not need_x):
-            dy, mask = torch.where(unpack_mask(mask, x), dy, 0), None
+            unpack = getattr(ctx.kernels, "unpack_mask", unpack_mask)
+            dy, mask = torch.where(unpack(mask, x), dy, 0), None
         dresidual = None
         if need_residual:
             dresidual = dy if mask is None else kernels.empty_like(x)

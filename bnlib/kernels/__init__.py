@@ -12,6 +12,9 @@ names, for torch tensors, with three more keyword arguments for the fused layer
 A module may also offer two primitives in one call, for data that is still in the cache:
 ``moments_and_normalize`` and ``grad_sums_and_input``. ``supports(x)`` says whether a module takes
 a tensor. This file needs torch alone; the modules are imported when they are first used.
+
+The layout of the mask is the business of whoever writes and reads it: ``gpu`` has an ``empty_mask``
+and an ``unpack_mask`` of its own, for which neighbours in memory share a byte.
 """
 
 from __future__ import annotations
