@@ -71,12 +71,12 @@ def batch_norm(
         and the running statistics stay as they are.
 
     Raises:
-        TypeError: ``input`` is not a real floating tensor.
-        ValueError: a shape, ``eps``, ``activation`` or ``backend`` that makes no sense; one value
-            per channel in training; evaluation without running statistics; a backend that does
-            not take the input.
-        RuntimeError: a second derivative with a ``process_group``; running statistics in training
-            that a transform such as ``vmap`` cannot update.
+        TypeError: a tensor that is not real floating.
+        ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
+            one value per channel in training; evaluation without running statistics; a backend
+            that does not take the input.
+        RuntimeError: a second or batched derivative with a ``process_group``; running statistics
+            in training that a transform such as ``vmap`` cannot update.
 
     Source: Ioffe & Szegedy (2015), algorithms 1 and 2. Derived in *Forward, and what ε does* and
     *Backward*.
@@ -94,7 +94,7 @@ def batch_norm(
     _check(
         input, running_mean, running_var, weight, bias, training, eps, residual, activation, backend
     )
-    if training and process_group is None and input.numel() == input.shape[1]:
+    if training and process_group is None and input.numel() == input.shape[1] > 0:
         raise ValueError(
             "expected more than 1 value per channel in training, "
             f"got input of shape {tuple(input.shape)}"
@@ -109,10 +109,11 @@ def batch_norm(
         if group is not None:
             raise RuntimeError("synchronised batch norm has first derivatives in reverse mode only")
         return _activate(_differentiable(*tensors, training, momentum, eps), residual, activation)
-    kernels = _kernels(input, backend)
-    return _BatchNorm.apply(
-        *tensors, residual, training, momentum, eps, activation == "relu", group, kernels
-    )
+    apply = _BatchNorm.apply
+    if torch.compiler.is_compiling():  # and synchronised: this call stays out of the graph
+        apply = torch.compiler.disable(apply)
+    options = (training, momentum, eps, activation == "relu", group, _kernels(input, backend))
+    return apply(*tensors, residual, *options, torch.is_grad_enabled())
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -133,9 +134,10 @@ class _BatchNorm(torch.autograd.Function):
         relu: bool,
         group: Any,
         kernels: Any,
+        grad_enabled: bool,  # by the caller; in here it never is
     ) -> Tensor:
         need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
-        needs_grad = need_x or need_weight or need_bias or need_residual
+        needs_grad = grad_enabled and (need_x or need_weight or need_bias or need_residual)
         mask = None
         if relu and needs_grad:
             mask = getattr(kernels, "empty_mask", empty_mask)(x)
@@ -179,11 +181,12 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, mean, inv_std, mask = ctx.saved_tensors
         need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
         kernels, count = ctx.kernels, ctx.count
-        if torch.is_grad_enabled():
-            # The gradient is to be differentiated again: by torch operations, with statistics that
-            # depend on x, or else a third derivative would take them for constants.
+        if torch.is_grad_enabled() or _is_batched(dy):
+            # The gradient is to be differentiated again, or dy is a batch of them: by torch
+            # operations, with statistics that depend on x, or else a third derivative would take
+            # them for constants.
             if ctx.group is not None:
-                raise RuntimeError("synchronised batch norm has no second derivative")
+                raise RuntimeError("synchronised batch norm has one first derivative at a time")
             kernels = reference
             if count is not None:
                 batch = reference.moments(x)
@@ -216,7 +219,7 @@ class _BatchNorm(torch.autograd.Function):
                 dx = kernels.grad_input(dy, x, mean, inv_std, weight, *total, count, **fused)
         dweight = sum_dy_x_hat.to(ctx.dtypes[0]) if need_weight else None
         dbias = sum_dy.to(ctx.dtypes[1]) if need_bias else None
-        return dx, None, None, dweight, dbias, dresidual, *(None,) * 6
+        return dx, None, None, dweight, dbias, dresidual, *(None,) * 7
 
 
 def _check(
@@ -244,7 +247,10 @@ def _check(
         ("weight", weight),
         ("bias", bias),
     ):
-        if value is not None and (value.dim() != 1 or value.shape[0] != channels):
+        if value is None:
+            continue
+        _check_beside(name, value, input)
+        if value.dim() != 1 or value.shape[0] != channels:
             raise ValueError(
                 f"expected {name} of shape ({channels},) for input of shape "
                 f"{tuple(input.shape)}, got shape {tuple(value.shape)}"
@@ -257,15 +263,29 @@ def _check(
         )
     if not (eps > 0 if training else eps >= 0):
         raise ValueError(f"expected eps {'> 0 in training' if training else '>= 0'}, got {eps}")
-    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
-        raise ValueError(
-            f"expected residual of shape {tuple(input.shape)} and {input.dtype}, "
-            f"got {tuple(residual.shape)} and {residual.dtype}"
-        )
+    if residual is not None:
+        _check_beside("residual", residual, input)
+        if residual.shape != input.shape or residual.dtype != input.dtype:
+            raise ValueError(
+                f"expected residual of shape {tuple(input.shape)} and {input.dtype}, "
+                f"got {tuple(residual.shape)} and {residual.dtype}"
+            )
     if activation not in (None, "relu"):
         raise ValueError(f"expected activation None or 'relu', got {activation!r}")
     if backend not in BACKENDS:
         raise ValueError(f"expected backend in {BACKENDS}, got {backend!r}")
+
+
+def _check_beside(name: str, value: Tensor, input: Tensor) -> None:
+    """Raise unless a kernel that reads ``input`` can read ``value`` too."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"expected {name} with a real floating dtype, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(
+            f"expected {name} on {input.device}, where the input is, got it on {value.device}"
+        )
 
 
 def _torch_is_as_good(
@@ -300,6 +320,12 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
+
+
+def _is_batched(t: Tensor) -> bool:
+    """Whether a vmap, torch.func's or the older one of ``is_grads_batched``, runs over ``t``."""
+    functorch = torch._C._functorch
+    return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(t)
 
 
 def _differentiable(
@@ -382,7 +408,7 @@ def _normalize(
 
 def _kernels(x: Tensor, backend: str) -> ModuleType:
     """The module whose primitives serve ``x``."""
-    if backend == "reference":
+    if backend == "reference" or x.numel() == 0:
         return reference
     if backend == "auto":
         name = {"cpu": "cpu", "cuda": "gpu"}.get(x.device.type)

@@ -1,5 +1,6 @@
 """bnlib.functional against torch's batch norm: values, derivatives, transforms, fusion."""
 
+import functools
 import sys
 
 import pytest
@@ -133,6 +134,16 @@ def test_empty_batch_as_torch(shape, training, backend):
     torch.testing.assert_close(ours[4], args[3], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_channels(training, backend):
+    none = torch.zeros(0)
+    for shape in [(4, 0), (4, 0, 3), (0, 0)]:
+        x = torch.zeros(shape, requires_grad=True)
+        y = batch_norm(x, none, none, none, none, training, activation="relu", backend=backend)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == shape
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_buffers_after_1_2_and_10_steps(dtype, momentum, backend):
@@ -254,6 +265,27 @@ def test_torch_func_grad_and_vmap(backend):
     assert_same([torch.func.vmap(ours)(xs, weights)], [torch.func.vmap(theirs)(xs, weights)])
     both = torch.func.vmap(torch.func.grad(loss), in_dims=(0, 0, None))
     assert_same([both(xs, weights, ours)], [both(xs, weights, theirs)])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_batches_of_gradients(training, backend):
+    x, weight, bias, running_mean, running_var, dy = case((5, 2, 3))
+    dys = torch.stack([dy, 2 * dy, dy * dy])
+
+    def layer(x):
+        options = {"residual": x, "activation": "relu", "backend": backend}
+        return batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, 0.1, **options)
+
+    x.requires_grad_()
+    y = layer(x)
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    mapped = torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(dys)
+    single = [torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in dys]
+    torch.testing.assert_close(batched, torch.stack(single))
+    torch.testing.assert_close(mapped, torch.stack(single))
+    hessian = functools.partial(torch.autograd.functional.hessian, lambda x: layer(x).pow(2).sum())
+    torch.testing.assert_close(hessian(x, vectorize=True), hessian(x))
 
 
 def test_vmap_with_running_statistics_is_refused_in_training_only():
@@ -385,6 +417,18 @@ def test_fused_keeps_x_and_at_most_a_bit_per_element(shape, backend):
     y.backward(dy)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_mask_where_no_gradient_will_be(mode, backend, monkeypatch):
+    x, weight, bias, *_ = case((5, 2, 3))
+    weight.requires_grad_()
+    masks = []
+    monkeypatch.setattr(functional, "empty_mask", lambda x: masks.append(x))
+    with mode():
+        y = batch_norm(x, None, None, weight, bias, True, activation="relu", backend=backend)
+    assert not masks and not y.requires_grad
+    torch.testing.assert_close(y, torch_batch_norm(x, None, None, weight, bias, True).relu())
+
+
 def test_mask_round_trip():
     for shape in [(3, 5, 7, 7), (1, 2), (9, 3), (8, 3, 4), (16, 2, 3, 1), (0, 3, 2), (2, 0, 3)]:
         positive = torch.rand(shape) > 0.5
@@ -462,13 +506,17 @@ def test_dispatch_modes_see_torchs_operators():
         (ValueError, "eps >= 0, got -1", {"eps": -1.0, "training": False}),
         (ValueError, r"residual of shape .* got \(4, 1\)", {"residual": torch.ones(4, 1)}),
         (ValueError, "residual of shape .* torch.float64", {"residual": torch.ones(4, 3).double()}),
+        (ValueError, "weight on cpu, .* on meta", {"weight": torch.ones(3, device="meta")}),
+        (ValueError, "residual on cpu, .* meta", {"residual": torch.ones(4, 3, device="meta")}),
+        (TypeError, "weight to be a torch.Tensor, got list", {"weight": [1.0, 1.0, 1.0]}),
+        (TypeError, "bias with a real floating dtype, got torch.int64", {"bias": torch.arange(3)}),
         (ValueError, "activation None or 'relu', got 'gelu'", {"activation": "gelu"}),
         (ValueError, "expected backend in .* got 'cuda'", {"backend": "cuda"}),
         (ValueError, "more than 1 value per channel", {"input": torch.ones(1, 3)}),
         (
             ValueError,
-            "backend='cpu' takes.* on meta",
-            {"input": torch.ones(4, 3, device="meta"), "backend": "cpu"},
+            "backend='cpu' takes.* torch.float8_e5m2 on cpu",
+            {"input": torch.ones(4, 3).to(torch.float8_e5m2), "backend": "cpu"},
         ),
     ],
 )
