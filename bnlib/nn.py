@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from bnlib import functional
@@ -13,9 +14,14 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "conver
 
 
 def _forward(
-    self: Any, input: Tensor, residual: Tensor | None, activation: str | None, process_group: Any
-) -> Tensor:
+    self: Any, input: Any, residual: Tensor | None, activation: str | None, process_group: Any
+) -> Any:
     """What torch's modules do, with :func:`bnlib.functional.batch_norm` for the arithmetic."""
+    if isinstance(input, torch.fx.Proxy):  # torch.fx takes torch.nn's modules for leaves, not ours
+        tracer: Any = input.tracer
+        fused = {"residual": residual, "activation": activation}
+        kwargs = {key: value for key, value in fused.items() if value is not None}
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), kwargs)
     self._check_input_dim(input)
     momentum = 0.0 if self.momentum is None else self.momentum
     tracks = self.training and self.track_running_stats
@@ -89,7 +95,8 @@ class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     Constructor, ``state_dict`` and ``repr`` are those of ``torch.nn.SyncBatchNorm``. Unlike that
     one it takes CPU tensors too, and shards that are uneven or empty; it is no subclass of it,
     because DistributedDataParallel refuses those on the CPU. In evaluation, and without an
-    initialised process group, it does what BatchNorm does.
+    initialised process group, it does what BatchNorm does. ``torch.compile`` leaves the
+    synchronised step out of its graphs, and so refuses ``fullgraph=True`` for it.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as

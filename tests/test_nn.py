@@ -264,3 +264,21 @@ def test_traced_model():
     x = torch.randn(6, 3, 5, 5)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(2 * x), model(2 * x), rtol=1e-5, atol=1e-5)
+
+
+def test_symbolic_trace_has_leaves():
+    class Fused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = bnlib.nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.norm(x, residual=x, activation="relu")
+
+    model = torch.nn.Sequential(Fused(), bnlib.nn.convert_batch_norm(small_model()))
+    graph = torch.fx.symbolic_trace(copy.deepcopy(model))
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert targets == ["0.norm", "1.0", "1.1", "1.2", "1.3"]
+    x = torch.randn(6, 3, 5, 5)
+    torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+    assert_same_state(graph.state_dict(), model.state_dict())
