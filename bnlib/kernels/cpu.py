@@ -280,9 +280,10 @@ def _row_gradient_sums(dy, x, mean):
 @_jit
 def _row_gradient_sums_masked(dy, x, mask, bit, mean):
     s, q = 0.0, 0.0
+    zero = type(_up(dy[0]))(0)
     one = np.uint8(1 << bit)
     for i in range(x.size):
-        g = np.float64(_up(dy[i])) if mask[i] & one else 0.0
+        g = np.float64(_up(dy[i]) if mask[i] & one else zero)
         s += g
         q += g * (np.float64(_up(x[i])) - mean)
     return s, q
@@ -530,21 +531,12 @@ def _panel_moments(x, repeat, size, r0, r1, c0, c1, out):
         first[c] = _up(x[r0, c * size])
     shift, s, q = np.empty(width), np.zeros(width), np.zeros(width)
     _spread(first, repeat, size, c0, c1, shift)
-    quads = (r1 - r0) // 4 * 4
-    for r in range(r0, r0 + quads, 4):  # four rows at a time, to touch s and q less often
-        xa, xb, xc, xd = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
+    for r in range(r0, r1):
+        xr = x[r, k0:k1]
         for k in range(width):
-            a = np.float64(_up(xa[k])) - shift[k]
-            b = np.float64(_up(xb[k])) - shift[k]
-            c = np.float64(_up(xc[k])) - shift[k]
-            d = np.float64(_up(xd[k])) - shift[k]
-            s[k] += (a + b) + (c + d)
-            q[k] += (a * a + b * b) + (c * c + d * d)
-    for r in range(r0 + quads, r1):
-        for k in range(width):
-            a = np.float64(_up(x[r, k0 + k])) - shift[k]
-            s[k] += a
-            q[k] += a * a
+            d = np.float64(_up(xr[k])) - shift[k]
+            s[k] += d
+            q[k] += d * d
     _collect(s, repeat, size, c0, c1, out[0])
     _collect(q, repeat, size, c0, c1, out[1])
     count = (r1 - r0) * repeat * size
@@ -577,13 +569,10 @@ def _panel_normalize(x, residual, y, mask, weight, bias, stats, relu, repeat, si
                     yr[k] = _down(y, floor if v < floor else v)
         return
     rows, groups = x.shape[0], mask.shape[0]
-    for j in range(r0, r1):  # here r0 .. r1 are rows of the mask
-        m = mask[j, k0:k1]
-        for bit in range(8):
-            r = bit * groups + j
-            if r >= rows:
-                break
-            one, keep = np.uint8(1 << bit), np.uint8((1 << bit) - 1)
+    for bit in range(8):
+        one, keep = np.uint8(1 << bit), np.uint8((1 << bit) - 1)
+        for j in range(r0, min(r1, rows - bit * groups)):  # r0 .. r1 are rows of the mask
+            r, m = bit * groups + j, mask[j, k0:k1]
             xr, yr = x[r, k0:k1], y[r, k0:k1]
             if residual.size:
                 res = residual[r, k0:k1]
@@ -640,6 +629,7 @@ def _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out):
     k0, k1 = _panel_columns(x, repeat, size, c0, c1)
     width = k1 - k0
     mean, s, q = np.empty(width), np.zeros(width), np.zeros(width)
+    zero = type(stats[0, 0])(0)
     _spread(stats[0], repeat, size, c0, c1, mean)
     if mask.size == 0:
         for r in range(r0, r1):
@@ -650,16 +640,13 @@ def _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out):
                 q[k] += g * (np.float64(_up(xr[k])) - mean[k])
     else:
         rows, groups = x.shape[0], mask.shape[0]
-        for j in range(r0, r1):
-            m = mask[j, k0:k1]
-            for bit in range(8):
-                r = bit * groups + j
-                if r >= rows:
-                    break
-                one = np.uint8(1 << bit)
+        for bit in range(8):
+            one = np.uint8(1 << bit)
+            for j in range(r0, min(r1, rows - bit * groups)):
+                r, m = bit * groups + j, mask[j, k0:k1]
                 xr, gr = x[r, k0:k1], dy[r, k0:k1]
                 for k in range(width):
-                    g = np.float64(_up(gr[k])) if m[k] & one else 0.0
+                    g = np.float64(_up(gr[k]) if m[k] & one else zero)
                     s[k] += g
                     q[k] += g * (np.float64(_up(xr[k])) - mean[k])
     _collect(s, repeat, size, c0, c1, out[0])
@@ -689,13 +676,10 @@ def _panel_gradient(
                 dr[k] = _down(dx, a[k] * _up(gr[k]) + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
         return
     rows, groups = x.shape[0], mask.shape[0]
-    for j in range(r0, r1):
-        m = mask[j, k0:k1]
-        for bit in range(8):
-            r = bit * groups + j
-            if r >= rows:
-                break
-            one = np.uint8(1 << bit)
+    for bit in range(8):
+        one = np.uint8(1 << bit)
+        for j in range(r0, min(r1, rows - bit * groups)):
+            r, m = bit * groups + j, mask[j, k0:k1]
             xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
             if dresidual.size:
                 res = dresidual[r, k0:k1]
