@@ -21,7 +21,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help book test lab notebooks linkcheck clean
+.PHONY: help book test lab notebooks bench linkcheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +56,10 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 
 notebooks: $(STAMP)  ## execute every notebook and store its outputs
 	@$(PY) tools/run_notebooks.py
+
+bench: $(STAMP)  ## measure the CPU kernels against PyTorch, on a quiet machine
+	$(SAY) "Measuring; this writes book/data/cpu.csv"
+	@$(PY) benchmarks/cpu.py
 
 linkcheck: $(STAMP)  ## check that the book's outside links answer
 	$(SAY) "Checking links"
