@@ -96,20 +96,23 @@ function who(s) {
   }[s.norm];
 }
 
+// A link's fragment is made of words: a norm, "photo", lengths (N2) and the cell (n0).
 function fromLink(text) {
-  const [head, rest] = text.split("#explore:");
-  if (head || rest === undefined) return null;
-  const p = new URLSearchParams(rest);
-  const s = { N: 2, C: 2, H: 2, W: 2, G: 1 };
-  s.norm = Object.hasOwn(NORMS, p.get("norm")) ? p.get("norm") : "batch";
-  s.data = p.get("data") === "photo" ? "photo" : "numbers";
-  for (const a in s) if (p.has(a) && a.length === 1) s[a] = parseInt(p.get(a), 10) || 1;
-  s.at = (p.get("at") || "").split(",").map((v) => parseInt(v, 10) || 0);
+  const [head, ...words] = text.split("-");
+  if (head !== "#explore") return null;
+  const s = { norm: "batch", data: "numbers", N: 2, C: 2, H: 2, W: 2, G: 1, at: [0, 0, 0, 0] };
+  for (const word of words) {
+    const [, key, digits] = /^([NCHWGnchw])(\d{1,3})$/.exec(word) || [];
+    if (key > "Z") s.at["nchw".indexOf(key)] = +digits;
+    else if (key) s[key] = +digits;
+    else if (word === "photo") s.data = word;
+    else if (Object.hasOwn(NORMS, word)) s.norm = word;
+  }
   return settle(s);
 }
 
 const toLink = (s) =>
-  `#explore:norm=${s.norm}&data=${s.data}${[...AXES, "G"].map((a) => `&${a}=${s[a]}`).join("")}&at=${s.at.join(",")}`;
+  ["#explore", s.norm, ...(s.data === "photo" ? ["photo"] : []), ...[...AXES, "G"].map((a) => a + s[a]), ...s.at.map((v, i) => "nchw"[i] + v)].join("-");
 
 // Brings every number back into its range, so that a link cannot ask for an impossible state.
 function settle(s) {
@@ -124,7 +127,7 @@ function settle(s) {
 
 // `data-start` of the root is the fragment to begin with.
 function mount(root) {
-  const s = fromLink(root.dataset.start || "#explore:");
+  const s = fromLink(root.dataset.start || "#explore");
   root.replaceChildren();
   root.dataset.ready = "";
   const add = (parent, tag, attrs = {}, text = "") => {

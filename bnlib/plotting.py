@@ -321,7 +321,7 @@ class AxisExplorer:
         # A classic script, because browsers refuse to import modules from file://.
         script = script.replace("export default", "const widget =")
         return (
-            f'<div class="axis-explorer" data-start="{self.fragment.replace("&", "&amp;")}">'
+            f'<div class="axis-explorer" data-start="{self.fragment}">'
             f"{_explorer_fallback()}</div>"
             f"<style>{css}</style>"
             f"<script>(() => {{\n{script}\n"
@@ -363,7 +363,7 @@ def axis_explorer(
 
     Examples:
         >>> axis_explorer("group", (2, 4, 2, 2), groups=2, at=(1, 3, 0, 0)).fragment
-        '#explore:norm=group&data=numbers&N=2&C=4&H=2&W=2&G=2&at=1,3,0,0'
+        '#explore-group-N2-C4-H2-W2-G2-n1-c3-h0-w0'
     """
     lengths = (2, 3, 8, 8) if photo else tuple(shape)
     limits = (4, 6, 4, 4)
@@ -378,10 +378,10 @@ def axis_explorer(
         raise ValueError(f"expected groups that divide C = {lengths[1]}, got {groups}")
     if len(at) != 4 or any(not 0 <= i < d for i, d in zip(at, lengths, strict=True)):
         raise ValueError(f"expected at to be a cell of shape {lengths}, got {tuple(at)}")
-    sizes = "".join(f"&{axis}={d}" for axis, d in zip("NCHW", lengths, strict=True))
-    cell = ",".join(str(i) for i in at)
-    data = "photo" if photo else "numbers"
-    return AxisExplorer(f"#explore:norm={norm}&data={data}{sizes}&G={groups}&at={cell}")
+    words = ["#explore", norm, *(["photo"] if photo else [])]
+    words += [f"{axis}{d}" for axis, d in zip("NCHW", lengths, strict=True)] + [f"G{groups}"]
+    words += [f"{axis}{i}" for axis, i in zip("nchw", at, strict=True)]
+    return AxisExplorer("-".join(words))
 
 
 def _explorer_fallback() -> str:

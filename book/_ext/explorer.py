@@ -1,4 +1,4 @@
-"""The directive ``axis-explorer``: the interactive figure of `bnlib.plotting` in a Markdown page."""
+"""The directive ``axis-explorer``: the figure of `bnlib.plotting`, in a Markdown page."""
 
 from __future__ import annotations
 
