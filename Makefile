@@ -4,7 +4,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.installed
-JUPYTERLAB := jupyterlab==4.6.6
+# The second one shows exercises, figures and citations in JupyterLab as the page does.
+JUPYTERLAB := jupyterlab==4.5.11 jupyterlab-myst==2.7.0
 SAY := @printf '\n== %s\n'
 
 # One thread: on the small tensors of this book more threads are slower, and change the last bits.
@@ -50,7 +51,7 @@ test: $(STAMP)  ## check style and types, run every test and every notebook
 	@$(PY) -m pytest -n 2 --dist loadfile --nbval tests book
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
-	@$(PY) -c 'import jupyterlab' 2>/dev/null || $(PY) -m pip install -c requirements.txt $(JUPYTERLAB)
+	@$(PY) -c 'import jupyterlab, jupyterlab_myst' 2>/dev/null || $(PY) -m pip install -c requirements.txt $(JUPYTERLAB)
 	@$(PY) -m jupyterlab book
 
 notebooks: $(STAMP)  ## execute every notebook and store its outputs

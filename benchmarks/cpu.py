@@ -1,0 +1,349 @@
+"""Measure batch norm on the CPU: bnlib, PyTorch eager, torch.compile and a bare copy.
+
+    python benchmarks/cpu.py            # all of it, about an hour; writes book/data/cpu.csv
+    python benchmarks/cpu.py --quick    # a few shapes and repetitions, in minutes; prints only
+
+Every combination of threads and page size runs in a process of its own, because PyTorch reads
+THP_MEM_ALLOC_ENABLE when it starts. Within it the contestants take turns in one loop, in an order
+that is reversed every time, and the row keeps the median of each. A ratio above 1 says how many
+times longer the other one took than bnlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# ResNet-50's batch norms, (channels, height = width), and shapes of no particular network.
+RESNET = [
+    (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256, 28),
+    (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7),
+]  # fmt: skip
+ODD = [(3, 224), (48, 23), (100, 33), (720, 5), (1000, 1)]
+QUICK = [(64, 56), (512, 28), (256, 14), (512, 7)]
+OUT = Path(__file__).parents[1] / "book" / "data" / "cpu.csv"
+COLUMNS = [
+    "date", "machine", "cores", "python", "torch", "numba", "bnlib", "huge_pages", "threads",
+    "layout", "batch", "channels", "size", "operation", "bnlib_ms", "eager_ms", "compile_ms",
+    "clone_ms", "eager_ratio", "compile_ratio", "bnlib_peak_mb", "eager_peak_mb", "compile_peak_mb",
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few shapes, print and write nothing")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child is not None:
+        run_child(**args.child)
+        return
+    rows = []
+    for huge_pages in (0, 1):
+        for threads in sorted({1, min(2, os.cpu_count() or 1)}):
+            settings = {
+                "threads": threads,
+                "quick": args.quick,
+                "with_compile": not args.no_compile,
+            }
+            rows += run_process(huge_pages, settings)
+    summarise(rows)
+    if not args.quick:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"wrote {len(rows)} rows to {args.out}")
+
+
+def run_process(huge_pages: int, settings: dict) -> list[dict]:
+    """The rows of one setting, measured in a fresh process, with a progress bar meanwhile."""
+    threads = str(settings["threads"])
+    environment = os.environ | {
+        "THP_MEM_ALLOC_ENABLE": str(huge_pages),
+        "OMP_NUM_THREADS": threads,
+    }
+    command = [sys.executable, __file__, "--child", json.dumps(settings)]
+    rows = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            record = json.loads(line)
+            if "row" in record:
+                rows.append(record["row"] | {"huge_pages": huge_pages})
+            done, total = record["done"], record["total"]
+            bar = "#" * (30 * done // total)
+            label = f"threads {threads}, huge pages {'on' if huge_pages else 'as shipped'}"
+            print(f"\r{label} [{bar:30}] {done}/{total}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    if process.returncode:
+        raise SystemExit(f"the measuring process ended with code {process.returncode}")
+    return rows
+
+
+def run_child(threads: int, quick: bool, with_compile: bool) -> None:
+    import numba
+    import torch
+
+    import bnlib
+
+    torch.set_num_threads(threads)
+    setting = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "bnlib": bnlib.__version__,
+        "threads": threads,
+    }
+    shapes = [(8, *s) for s in QUICK] if quick else [(n, *s) for n in (32, 8) for s in RESNET]
+    shapes += [] if quick else [(16, *s) for s in ODD]
+    cases = [(layout, *shape) for layout in ("contiguous", "channels_last") for shape in shapes]
+    for done, case in enumerate(cases, 1):
+        for row in measure_shape(*case, quick, with_compile):
+            print(json.dumps({"row": setting | row, "done": done, "total": len(cases) + 1}))
+            sys.stdout.flush()
+    for row in measure_training(quick):
+        row = json.dumps({"row": setting | row, "done": len(cases) + 1, "total": len(cases) + 1})
+        print(row, flush=True)
+
+
+def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile: bool) -> list:
+    import torch
+
+    from bnlib.functional import batch_norm
+
+    torch._dynamo.reset()
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    torch.manual_seed(0)
+    x, residual, dy = (
+        torch.randn(n, c, h, h).contiguous(memory_format=memory_format) for _ in range(3)
+    )
+    weight, bias = torch.rand(c), torch.rand(c)
+    buffers = torch.zeros(c), torch.ones(c)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+
+    def eager(x, residual, training):
+        y = torch.nn.functional.batch_norm(x, *buffers, weight, bias, training)
+        return y if residual is None else torch.relu(y + residual)
+
+    def ours(x, residual, training):
+        activation = None if residual is None else "relu"
+        return batch_norm(
+            x, *buffers, weight, bias, training, residual=residual, activation=activation
+        )
+
+    contestants = {"bnlib": ours, "eager": eager}
+    if with_compile:
+        contestants["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
+    contestants["clone"] = None
+
+    def train(function, name, with_residual=False):
+        inputs = leaves if with_residual else leaves[:3]
+        start = time.perf_counter()
+        y = function(x, residual if with_residual else None, True)
+        middle = time.perf_counter()
+        torch.autograd.grad(y, inputs, dy)
+        end = time.perf_counter()
+        if with_residual:
+            return {"forward+backward, add, ReLU": end - start}
+        return {
+            "forward": middle - start,
+            "backward": end - middle,
+            "forward+backward": end - start,
+        }
+
+    def evaluate(function, name):
+        with torch.no_grad():
+            start = time.perf_counter()
+            function(x, None, False)
+            return {"evaluation": time.perf_counter() - start}
+
+    def clone(function, name):
+        start = time.perf_counter()
+        x.detach().clone()
+        return {"clone": time.perf_counter() - start}
+
+    size = x.numel() * x.element_size()
+    repetitions = 5 if quick else max(7, min(41, int(2e8 / size)))
+    jobs = [
+        (lambda f, name: train(f, name), ["bnlib", "eager", "compile"]),
+        (lambda f, name: train(f, name, True), ["bnlib", "eager", "compile"]),
+        (evaluate, ["bnlib", "eager", "compile"]),
+        (clone, ["clone"]),
+    ]
+    times: dict[str, dict[str, list[float]]] = {}
+    peaks: dict[str, dict[str, float]] = {}
+    for repetition in range(-2, repetitions):  # the first two warm up
+        for job, names in jobs:
+            present = [name for name in names if name in contestants]
+            for name in present if repetition % 2 else reversed(present):
+                before = reset_peak() if repetition == 0 else None
+                for operation, seconds in job(contestants[name], name).items():
+                    if repetition >= 0:
+                        times.setdefault(operation, {}).setdefault(name, []).append(seconds)
+                    if before is not None:
+                        peaks.setdefault(operation, {})[name] = (peak() - before) / 2**20
+    clone_ms = milliseconds(times.pop("clone")["clone"])
+    shape = {"layout": layout, "batch": n, "channels": c, "size": h, "clone_ms": clone_ms}
+    return [
+        shape | compare(operation, measured, peaks.get(operation, {}))
+        for operation, measured in times.items()
+    ]
+
+
+def measure_training(quick: bool) -> list[dict]:
+    """A training step of a residual network on photo patches, with torch's batch norm and ours."""
+    import torch
+
+    import bnlib.nn
+    from bnlib.datasets import photo_patches
+
+    class Block(torch.nn.Module):
+        def __init__(self, before, after, stride, fused):
+            super().__init__()
+            self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
+            self.norm1 = torch.nn.BatchNorm2d(after)
+            self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
+            self.norm2 = torch.nn.BatchNorm2d(after)
+            self.short = torch.nn.Conv2d(before, after, 1, stride, bias=False)
+            self.fused = fused
+
+        def forward(self, x):
+            short = self.short(x)
+            if self.fused:
+                x = self.norm1(self.conv1(x), activation="relu")
+                return self.norm2(self.conv2(x), residual=short, activation="relu")
+            x = torch.relu(self.norm1(self.conv1(x)))
+            return torch.relu(self.norm2(self.conv2(x)) + short)
+
+    def network(fused=False):
+        torch.manual_seed(0)
+        widths = [32, 32, 64, 64, 128, 128]
+        blocks = [Block(a, b, 1 if a == b else 2, fused) for a, b in itertools.pairwise(widths)]
+        stem = torch.nn.Conv2d(3, 32, 3, 1, 1, bias=False)
+        head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, 8)]
+        return torch.nn.Sequential(stem, torch.nn.BatchNorm2d(32), *blocks, *head)
+
+    data = photo_patches()
+    images = torch.as_tensor(data.train_x[:128], dtype=torch.float32)
+    labels = torch.as_tensor(data.train_y[:128]).long()
+    rows = []
+    for layout in ("contiguous", "channels_last"):
+        channels_last = layout == "channels_last"
+        x = images.contiguous(memory_format=torch.channels_last) if channels_last else images
+        models = {
+            "eager": network(),
+            "bnlib": bnlib.nn.convert_batch_norm(network()),
+            "fused": bnlib.nn.convert_batch_norm(network(fused=True)),
+        }
+        if channels_last:
+            models = {k: m.to(memory_format=torch.channels_last) for k, m in models.items()}
+        optimizers = {k: torch.optim.SGD(m.parameters(), lr=0.05) for k, m in models.items()}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for repetition in range(-2, 5 if quick else 31):
+            for name in models if repetition % 2 else reversed(models):
+                start = time.perf_counter()
+                optimizers[name].zero_grad()
+                torch.nn.functional.cross_entropy(models[name](x), labels).backward()
+                optimizers[name].step()
+                if repetition >= 0:
+                    times[name].append(time.perf_counter() - start)
+        shape = {"layout": layout, "batch": len(x), "channels": 3, "size": x.shape[-1]}
+        eager = times["eager"]
+        pairs = {
+            "training step": times["bnlib"],
+            "training step, fused": times["fused"],
+        }
+        rows += [shape | compare(op, {"bnlib": t, "eager": eager}, {}) for op, t in pairs.items()]
+    return rows
+
+
+def compare(operation: str, times: dict[str, list[float]], peaks: dict[str, float]) -> dict:
+    """Medians of the contestants, and how many times longer than bnlib they took."""
+    row: dict[str, object] = {"operation": operation}
+    for name, seconds in times.items():
+        row[f"{name}_ms"] = milliseconds(seconds)
+        if name != "bnlib":
+            ratio = statistics.median(seconds) / statistics.median(times["bnlib"])
+            row[f"{name}_ratio"] = round(ratio, 3)
+    return row | {f"{name}_peak_mb": round(value, 1) for name, value in peaks.items()}
+
+
+def milliseconds(seconds: list[float]) -> float:
+    return round(statistics.median(seconds) * 1e3, 4)
+
+
+def summarise(rows: list[dict]) -> None:
+    """Print geometric means of the ratios, and the shapes where bnlib is not the fastest."""
+    keys = ("huge_pages", "threads", "layout", "operation")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    print(
+        f"{'pages':>5} threads {'layout':13} {'operation':28} eager compile  slower than eager at"
+    )
+    for group, members in sorted(groups.items()):
+        means = [geometric_mean(members, key) for key in ("eager_ratio", "compile_ratio")]
+        slower = [
+            f"{r['batch']}x{r['channels']}x{r['size']}" for r in members if r["eager_ratio"] < 1
+        ]
+        huge, threads, layout, operation = group
+        print(
+            f"{'huge' if huge else '4K':>5} {threads:7} {layout:13} {operation:28} "
+            f"{means[0]:>5} {means[1]:>7}  {' '.join(slower)}"
+        )
+
+
+def geometric_mean(rows: list[dict], key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    return f"{math.exp(statistics.fmean(map(math.log, values))):.2f}" if values else "-"
+
+
+def machine() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def reset_peak() -> float:
+    """Bytes in use now, from where the peak is counted on; Linux only, else not a number."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return math.nan
+    return memory("VmRSS")
+
+
+def peak() -> float:
+    return memory("VmHWM")
+
+
+def memory(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024.0
+    return math.nan
+
+
+if __name__ == "__main__":
+    main()

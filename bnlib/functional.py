@@ -1,0 +1,420 @@
+"""Batch normalization for torch tensors: autograd around the four primitives."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from bnlib import reference
+from bnlib.kernels import empty_mask, pack_mask, unpack_mask
+from bnlib.moments import Moments
+
+BACKENDS = ("auto", "reference", "cpu", "gpu")
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Normalise every channel of a tensor, and add a residual and apply ReLU in the same pass.
+
+    ::
+
+        y = act(γ (x - μ) / √(σ² + ε) + β + residual)
+
+    In training μ and σ² are the mean and the biased variance of the batch, and the running
+    statistics move towards its mean and unbiased variance; in evaluation μ and σ² are the running
+    statistics. The arguments up to ``eps`` are those of ``torch.nn.functional.batch_norm``.
+
+    Derivatives of every order are right: under ``create_graph=True``, in forward mode and inside
+    ``torch.func`` the layer is computed by differentiable torch operations. While torch compiles,
+    exports or traces, it is torch's own operator, which the compiler knows how to fuse.
+
+    Args:
+        input: x, shape (N, C, ...), real floating, any strides; 16-bit is computed in float32.
+        running_mean: shape (C,); needed in evaluation, updated in place in training unless None.
+        running_var: shape (C,), likewise.
+        weight: γ, shape (C,), or None for 1.
+        bias: β, shape (C,), or None for 0.
+        training: take the statistics of the batch (True) or the running ones (False).
+        momentum: weight of the new batch in the running statistics.
+        eps: ε; > 0 in training, >= 0 in evaluation.
+        residual: tensor with the shape and dtype of ``input``, added before the activation.
+        activation: None or "relu". For the backward pass one bit per element is kept, not the
+            output.
+        process_group: a torch.distributed group whose ranks share the batch's statistics (in
+            training), or None for this process alone.
+        backend: "reference", "cpu" (Numba), "gpu" (Triton), or "auto" for the fastest one that
+            takes the input.
+
+    Returns:
+        Tensor with the shape, dtype and memory format of ``input``. For an empty batch it is empty,
+        and the running statistics stay as they are.
+
+    Raises:
+        TypeError: ``input`` is not a real floating tensor.
+        ValueError: a shape, ``eps``, ``activation`` or ``backend`` that makes no sense; one value
+            per channel in training; evaluation without running statistics; a backend that does
+            not take the input.
+        RuntimeError: a second derivative with a ``process_group``; running statistics in training
+            that a transform such as ``vmap`` cannot update.
+
+    Source: Ioffe & Szegedy (2015), algorithms 1 and 2. Derived in *Forward, and what ε does* and
+    *Backward*.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> batch_norm(x, None, None, training=True)
+        tensor([[-1.0000, -1.0000],
+                [ 1.0000,  1.0000]])
+    """
+    tensors = (input, running_mean, running_var, weight, bias)
+    if torch.jit._trace.is_tracing():  # shapes are tensors now, which no check can look at
+        y = torch.nn.functional.batch_norm(*tensors, training, momentum, eps)
+        return _activate(y, residual, activation)
+    _check(
+        input, running_mean, running_var, weight, bias, training, eps, residual, activation, backend
+    )
+    if training and process_group is None and input.numel() == input.shape[1]:
+        raise ValueError(
+            "expected more than 1 value per channel in training, "
+            f"got input of shape {tuple(input.shape)}"
+        )
+    group = process_group if training else None
+    if group is None and _is_traced():
+        y = torch.nn.functional.batch_norm(*tensors, training, momentum, eps)
+        return _activate(y, residual, activation)
+    if not training and backend == "auto" and _torch_is_as_good(*tensors, residual, activation):
+        return torch.nn.functional.batch_norm(*tensors, training, momentum, eps)
+    if _is_transformed(input, weight, bias, residual):
+        if group is not None:
+            raise RuntimeError("synchronised batch norm has first derivatives in reverse mode only")
+        return _activate(_differentiable(*tensors, training, momentum, eps), residual, activation)
+    kernels = _kernels(input, backend)
+    return _BatchNorm.apply(
+        *tensors, residual, training, momentum, eps, activation == "relu", group, kernels
+    )
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The layer as one node; it keeps x, statistics per channel, and a bit per element."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        group: Any,
+        kernels: Any,
+    ) -> Tensor:
+        need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
+        needs_grad = need_x or need_weight or need_bias or need_residual
+        mask = None
+        if relu and needs_grad:
+            mask = getattr(kernels, "empty_mask", empty_mask)(x)
+        fused = (residual, relu, mask)
+        batch: Moments | None = None
+        running: dict[str, Any] = {}  # what the kernels move themselves
+        if not training:
+            assert running_mean is not None and running_var is not None  # _check has seen to it
+            mean, var = _widen(running_mean), _widen(running_var)
+            inv_std = torch.rsqrt(var + eps)
+            y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
+        elif group is None and kernels is not reference:
+            if getattr(kernels, "MOVES_RUNNING_STATISTICS", False):
+                running = {"running_mean": running_mean, "running_var": running_var}
+                running["momentum"] = momentum
+            y, batch, inv_std = kernels.moments_and_normalize(
+                x, weight, bias, eps, *fused, **running
+            )
+            mean = batch.mean
+        else:
+            batch = kernels.moments(x)
+            if group is not None:
+                batch = _distributed().sync_moments(batch, group)
+                if batch.count == 1:
+                    raise ValueError(
+                        "expected more than 1 value per channel over all ranks in training, got 1"
+                    )
+            mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(batch.count, 1) + eps)
+            y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
+        if batch is not None and not running:
+            _update(running_mean, running_var, batch, momentum)
+        if needs_grad:
+            ctx.save_for_backward(x, weight, mean, inv_std, mask)
+            ctx.count = None if batch is None else batch.count
+            ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
+            ctx.eps, ctx.group, ctx.kernels = eps, group, kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, mean, inv_std, mask = ctx.saved_tensors
+        need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
+        kernels, count = ctx.kernels, ctx.count
+        if torch.is_grad_enabled():
+            # The gradient is to be differentiated again: by torch operations, with statistics that
+            # depend on x, or else a third derivative would take them for constants.
+            if ctx.group is not None:
+                raise RuntimeError("synchronised batch norm has no second derivative")
+            kernels = reference
+            if count is not None:
+                batch = reference.moments(x)
+                mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(count, 1) + ctx.eps)
+        if mask is not None and (kernels is reference or count is None or not need_x):
+            unpack = getattr(ctx.kernels, "unpack_mask", unpack_mask)
+            dy, mask = torch.where(unpack(mask, x), dy, 0), None
+        dresidual = None
+        if need_residual:
+            dresidual = dy if mask is None else kernels.empty_like(x)
+        fused = {} if mask is None else {"mask": mask, "dresidual": dresidual}
+
+        dx: Any = None
+        sum_dy: Any = None
+        sum_dy_x_hat: Any = None
+        if need_x and count is not None and ctx.group is None and kernels is not reference:
+            dx, sum_dy, sum_dy_x_hat = kernels.grad_sums_and_input(
+                dy, x, mean, inv_std, weight, count, **fused
+            )
+        else:
+            if need_weight or need_bias or (need_x and count is not None):
+                sums = {} if mask is None else {"mask": mask}
+                sum_dy, sum_dy_x_hat = kernels.grad_sums(dy, x, mean, inv_std, **sums)
+            if need_x and count is None:  # the statistics are constants
+                dx = kernels.normalize(dy, torch.zeros_like(mean), inv_std, weight)
+            elif need_x:
+                total = (sum_dy, sum_dy_x_hat)
+                if ctx.group is not None:
+                    total = _distributed().sync_sum(torch.stack(total), ctx.group).unbind()
+                dx = kernels.grad_input(dy, x, mean, inv_std, weight, *total, count, **fused)
+        dweight = sum_dy_x_hat.to(ctx.dtypes[0]) if need_weight else None
+        dbias = sum_dy.to(ctx.dtypes[1]) if need_bias else None
+        return dx, None, None, dweight, dbias, dresidual, *(None,) * 6
+
+
+def _check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"expected input to be a torch.Tensor, got {type(input).__name__}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"expected input with a real floating dtype, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"expected input of rank >= 2 (N, C, ...), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    for name, value in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if value is not None and (value.dim() != 1 or value.shape[0] != channels):
+            raise ValueError(
+                f"expected {name} of shape ({channels},) for input of shape "
+                f"{tuple(input.shape)}, got shape {tuple(value.shape)}"
+            )
+    if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
+        raise ValueError(
+            "expected both running statistics, or none of them in training, got running_mean"
+            f"{'=None' if running_mean is None else ''}, running_var"
+            f"{'=None' if running_var is None else ''} with training={training}"
+        )
+    if not (eps > 0 if training else eps >= 0):
+        raise ValueError(f"expected eps {'> 0 in training' if training else '>= 0'}, got {eps}")
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        raise ValueError(
+            f"expected residual of shape {tuple(input.shape)} and {input.dtype}, "
+            f"got {tuple(residual.shape)} and {residual.dtype}"
+        )
+    if activation not in (None, "relu"):
+        raise ValueError(f"expected activation None or 'relu', got {activation!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"expected backend in {BACKENDS}, got {backend!r}")
+
+
+def _torch_is_as_good(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> bool:
+    """Whether to leave an evaluation to torch, whose derivatives are right where nothing depends
+    on the batch: it is one pass there too, and starts sooner. Large outputs go faster on the huge
+    pages of our kernels.
+    """
+    small = x.device.type != "cpu" or x.nbytes < 1 << 23
+    return (
+        small
+        and residual is None
+        and activation is None
+        and all(t is None or t.dtype == x.dtype for t in (running_mean, running_var, weight, bias))
+    )
+
+
+def _is_traced() -> bool:
+    """Whether the operations are being recorded, by torch.compile, export or a dispatch mode."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward mode is at work, which do not see inside our kernels."""
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _differentiable(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The layer as plain torch operations, which every transform of torch understands."""
+    y, cache = reference.batch_norm_forward(
+        x,
+        weight,
+        bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        eps=eps,
+    )
+    if cache.moments is not None:
+        try:
+            _update(running_mean, running_var, cache.moments, momentum)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this transform cannot update running statistics in place: pass None for both, or "
+                f"pass them to the transformed function as arguments ({error})"
+            ) from error
+    return y
+
+
+def _activate(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else torch.relu(y)
+
+
+@torch.no_grad()
+def _update(
+    running_mean: Tensor | None, running_var: Tensor | None, batch: Moments, momentum: float
+) -> None:
+    """Move the running statistics, in place, towards those of a batch."""
+    if running_mean is None or running_var is None or batch.count == 0:
+        return
+    mean, m2 = batch.mean.detach(), batch.m2.detach()
+    if running_mean.dtype == running_var.dtype == mean.dtype:  # the same in three operations
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(m2 / (batch.count - 1), momentum)
+        return
+    batch = Moments(batch.count, mean, m2)
+    new = reference.update_running_stats(running_mean, running_var, batch, momentum)
+    running_mean.copy_(new[0])
+    running_var.copy_(new[1])
+
+
+def _normalize(
+    kernels: ModuleType,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """The second primitive with residual and ReLU, by any backend."""
+    if kernels is not reference:
+        fused = {"residual": residual, "relu": relu, "mask": mask}
+        return kernels.normalize(x, mean, inv_std, weight, bias, **fused)
+    y = reference.normalize(x, mean, inv_std, weight, bias)
+    if residual is not None:
+        y = y + residual
+    if mask is not None:
+        mask.copy_(pack_mask(~(y <= 0), x))  # NaN counts as positive, as in torch
+    return torch.relu(y) if relu else y
+
+
+def _kernels(x: Tensor, backend: str) -> ModuleType:
+    """The module whose primitives serve ``x``."""
+    if backend == "reference":
+        return reference
+    if backend == "auto":
+        name = {"cpu": "cpu", "cuda": "gpu"}.get(x.device.type)
+        kernels = None if name is None else _load(name)
+        return kernels if kernels is not None and kernels.supports(x) else reference
+    kernels = importlib.import_module(f"bnlib.kernels.{backend}")
+    if not kernels.supports(x):
+        raise ValueError(
+            f"expected input that backend={backend!r} takes, got {type(x).__name__} of "
+            f"{x.dtype} on {x.device}"
+        )
+    return kernels
+
+
+@functools.cache
+def _load(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"bnlib.kernels.{name}")
+    except ImportError as error:
+        if error.name == f"bnlib.kernels.{name}":
+            return None  # this installation has no such kernels at all
+        warnings.warn(
+            f"bnlib computes batch norm with its reference, which is slower: {error} "
+            f"(install the extra: pip install 'bnlib[{name}]')",
+            stacklevel=4,
+        )
+        return None
+
+
+def _widen(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _distributed() -> ModuleType:
+    return importlib.import_module("bnlib.distributed")

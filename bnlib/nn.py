@@ -1,0 +1,177 @@
+"""Drop-in batch-norm modules for torch, and the function that swaps them into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnlib import functional
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "convert_batch_norm"]
+
+
+def _forward(
+    self: Any, input: Tensor, residual: Tensor | None, activation: str | None, process_group: Any
+) -> Tensor:
+    """What torch's modules do, with :func:`bnlib.functional.batch_norm` for the arithmetic."""
+    self._check_input_dim(input)
+    momentum = 0.0 if self.momentum is None else self.momentum
+    tracks = self.training and self.track_running_stats
+    if tracks and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        if self.momentum is None:  # the plain average over all batches
+            momentum = 1.0 / float(self.num_batches_tracked)
+    # Statistics that are not tracked are neither read nor written in training.
+    keep = tracks or not self.training
+    return functional.batch_norm(
+        input,
+        self.running_mean if keep else None,
+        self.running_var if keep else None,
+        self.weight,
+        self.bias,
+        self.training or self.running_mean is None,
+        momentum,
+        self.eps,
+        residual=residual,
+        activation=activation,
+        process_group=process_group,
+    )
+
+
+class _BatchNorm:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        return _forward(self, input, residual, activation, None)
+
+
+_DOC = """Batch normalization of {shape} input: ``torch.nn.{name}`` with bnlib's arithmetic.
+
+    ::
+
+        y = act(γ (x - μ) / √(σ² + ε) + β + residual)
+
+    Constructor, parameters, buffers, ``state_dict``, ``repr`` and train/eval behaviour are those
+    of ``torch.nn.{name}``, of which this is a subclass. ``forward`` takes two more arguments, with
+    which a residual connection and ReLU need no passes of their own.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
+
+    ``forward(input, residual=None, activation=None)`` takes input of shape {shape}, a residual of
+    the same shape and dtype, and None or "relu"; see :func:`bnlib.functional.batch_norm`.
+
+    Source: Ioffe & Szegedy (2015). Derived in *Forward, and what ε does* and *Backward*.
+    """
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    __doc__ = _DOC.format(name="BatchNorm1d", shape="(N, C) or (N, C, L)")
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    __doc__ = _DOC.format(name="BatchNorm2d", shape="(N, C, H, W)")
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    __doc__ = _DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)")
+
+
+class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """Batch normalization with the statistics of all ranks of a process group together.
+
+    ::
+
+        (n, μ, M₂) = merge of the ranks' moments;   y = act(γ (x - μ) / √(M₂/n + ε) + β + residual)
+
+    Constructor, ``state_dict`` and ``repr`` are those of ``torch.nn.SyncBatchNorm``. Unlike that
+    one it takes CPU tensors too, and shards that are uneven or empty; it is no subclass of it,
+    because DistributedDataParallel refuses those on the CPU. In evaluation, and without an
+    initialised process group, it does what BatchNorm does.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as
+            in torch. The default process group is the whole world.
+
+    ``forward(input, residual=None, activation=None)`` takes input of shape (N, C, ...).
+
+    Source: Peng et al. (2018). Derived in *When the batch outgrows one device*.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,  # what a newer torch adds, such as bias
+    ) -> None:
+        options |= {"device": device, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass  # any rank from 2 on, which the functional checks
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        group = None
+        dist = torch.distributed
+        if self.training and dist.is_available() and dist.is_initialized():
+            group = self.process_group or dist.group.WORLD
+            if dist.get_world_size(group) == 1:
+                group = None
+        return _forward(self, input, residual, activation, group)
+
+
+_OURS: dict[type, type] = {
+    torch.nn.BatchNorm1d: BatchNorm1d,
+    torch.nn.BatchNorm2d: BatchNorm2d,
+    torch.nn.BatchNorm3d: BatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
+}
+
+
+def convert_batch_norm(model: torch.nn.Module, sync: bool = False) -> torch.nn.Module:
+    """Turn every batch norm of a torch model into bnlib's, in place.
+
+    The modules stay the objects they are and only change their class: parameters, buffers, hooks,
+    flags, names and every reference to them stay valid, so an optimizer that already holds the
+    parameters goes on working, and a module used in two places is still one.
+
+    Args:
+        model: any module, itself possibly a batch norm. Modules of exactly the classes
+            ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` change; subclasses with a
+            ``forward`` of their own and lazy modules before their first batch do not.
+        sync: make them all :class:`SyncBatchNorm` (over the default process group); converts
+            bnlib's own BatchNorm modules too.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        TypeError: ``model`` is not a torch module.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> convert_batch_norm(model)[1].__class__.__module__
+        'bnlib.nn'
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        target = _OURS.get(type(module))
+        if sync and (target is not None or type(module) in _OURS.values()):
+            target = SyncBatchNorm
+            if type(module) not in (SyncBatchNorm, torch.nn.SyncBatchNorm):
+                module.__dict__["process_group"] = None
+        if target is not None:
+            module.__class__ = target
+    return model

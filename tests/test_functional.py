@@ -1,0 +1,502 @@
+"""bnlib.functional against torch's batch norm: values, derivatives, transforms, fusion."""
+
+import sys
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from bnlib import functional
+from bnlib.functional import batch_norm
+from bnlib.kernels import pack_mask, unpack_mask
+
+torch_batch_norm = torch.nn.functional.batch_norm
+SHAPES = [(6, 3), (2, 1), (4, 3, 5), (2, 5, 4, 3), (9, 17, 7, 7), (2, 3, 2, 4, 3), (3, 2, 1, 1)]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    return request.param
+
+
+def case(shape, dtype=torch.float64, seed=0, param_dtype=None):
+    """Input, weight, bias, running mean, running var, and a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g, dtype=torch.float64) * 2 + 1
+    dy = torch.randn(shape, generator=g, dtype=torch.float64)
+    per_channel = torch.rand(4, shape[1], generator=g, dtype=torch.float64) + 0.5
+    return x.to(dtype), *per_channel.to(param_dtype or dtype).unbind(), dy.to(dtype)
+
+
+def run(fn, x, weight, bias, running_mean, running_var, dy, training, **kwargs):
+    """Output, gradients of x, weight, bias, and the buffers after one step."""
+    leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+    buffers = [t if t is None else t.clone() for t in (running_mean, running_var)]
+    y = fn(leaves[0], *buffers, leaves[1], leaves[2], training, 0.3, 1e-3, **kwargs)
+    y.backward(dy)
+    return [y.detach(), *(None if t is None else t.grad for t in leaves), *buffers]
+
+
+def assert_same(ours, theirs, **tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_torch_in_float64(shape, training, backend):
+    args = case(shape)
+    ours = run(batch_norm, *args, training, backend=backend)
+    assert_same(ours, run(torch_batch_norm, *args, training), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("absent", ["weight", "bias", "affine", "running", "all"])
+def test_absent_parameters(absent, training, backend):
+    x, weight, bias, running_mean, running_var, dy = case((4, 3, 5))
+    if absent in ("weight", "affine", "all"):
+        weight = None
+    if absent in ("bias", "affine", "all"):
+        bias = None
+    if absent in ("running", "all") and training:
+        running_mean = running_var = None
+    args = (x, weight, bias, running_mean, running_var, dy, training)
+    ours = run(batch_norm, *args, backend=backend)
+    assert_same(ours, run(torch_batch_norm, *args), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_with_float32_statistics(dtype, training):
+    args = case((8, 5, 9, 6), dtype, param_dtype=torch.float32)
+    ours = run(batch_norm, *args, training)
+    assert [t.dtype for t in ours] == [dtype, dtype] + [torch.float32] * 4
+    exact = [t.double() for t in args]
+    # One rounding to the input's dtype at the end; the sums add some in float32.
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    truth = run(torch_batch_norm, *exact, training)
+    assert_same([t.double() for t in ours[:2]], truth[:2], **tolerance)
+    assert_same([t.double() for t in ours[2:]], truth[2:], rtol=3e-5, atol=3e-5)
+
+
+def test_statistics_survive_a_large_mean(backend):
+    x, weight, bias, running_mean, running_var, dy = case((16, 3, 8, 8), torch.float32)
+    x = x + 1e4
+    args = [t.double() for t in (x, weight, bias, running_mean, running_var, dy)]
+    truth = run(torch_batch_norm, *args, True)
+    args = (x, weight, bias, running_mean, running_var, dy)
+    ours = run(batch_norm, *args, True, backend=backend)
+    # The mean is kept in float32, half a unit in the last place at 1e4 is 5e-4.
+    torch.testing.assert_close(ours[0].double(), truth[0], rtol=0, atol=2e-3)
+    torch.testing.assert_close(ours[5].double(), truth[5], rtol=1e-5, atol=0)
+
+
+def layouts(x):
+    yield "contiguous", x.contiguous()
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "sliced", torch.cat([x, x], dim=3)[..., ::2].contiguous().repeat(1, 1, 1, 2)[..., ::2]
+    yield "batch inside", x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_any_strides_and_the_memory_format_stays(training, backend):
+    x, *rest, dy = case((4, 3, 6, 8))
+    for name, x_laid in layouts(x):
+        for _, dy_laid in layouts(dy):
+            theirs = run(torch_batch_norm, x_laid, *rest, dy_laid, training)
+            ours = run(batch_norm, x_laid, *rest, dy_laid, training, backend=backend)
+            assert_same(ours, theirs, rtol=1e-12, atol=1e-12)
+            if name in ("contiguous", "channels_last"):
+                assert ours[0].stride() == theirs[0].stride() == x_laid.stride(), name
+                assert ours[1].stride() == x_laid.stride(), name
+
+
+def test_expanded_gradient(backend):
+    x, weight, bias, *_ = case((4, 3, 5))
+    x.requires_grad_()
+    y = batch_norm(x, None, None, weight, bias, True, backend=backend)
+    y.sum().backward()  # dy is one number with strides of 0
+    torch.testing.assert_close(x.grad, torch.zeros_like(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
+def test_empty_batch_as_torch(shape, training, backend):
+    args = case(shape)
+    ours = run(batch_norm, *args, training, backend=backend)
+    theirs = run(torch_batch_norm, *args, training)
+    assert_same(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours[4], args[3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_buffers_after_1_2_and_10_steps(dtype, momentum, backend):
+    ours = [torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype)]
+    theirs = [t.clone() for t in ours]
+    versions = [t._version for t in ours]
+    for step in range(1, 11):
+        x = case((4, 5, 3, 3), dtype, seed=step)[0]
+        batch_norm(x, *ours, training=True, momentum=momentum, backend=backend)
+        torch_batch_norm(x, *theirs, training=True, momentum=momentum)
+        if step in (1, 2, 10):
+            tight = 1e-13 if dtype == torch.float64 else 1e-6
+            assert_same(ours, theirs, rtol=tight, atol=tight)
+    assert all(t._version > old for t, old in zip(ours, versions, strict=True))
+
+
+def test_nan_and_infinity_stay_in_their_channel(backend):
+    x, *_ = case((4, 3, 5), torch.float32)
+    x[1, 0, 2], x[2, 1, 3] = float("nan"), float("inf")
+    y = batch_norm(x, None, None, training=True, backend=backend)
+    assert y[:, 0].isnan().all() and y[:, 1].isnan().all() and y[:, 2].isfinite().all()
+
+
+# --- derivatives ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_and_gradgradcheck(training, fused, backend):
+    x, weight, bias, running_mean, running_var, _ = case((4, 2, 3))
+    residual = case((4, 2, 3), seed=1)[0]
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+
+    def layer(x, weight, bias, residual):
+        buffers = running_mean.clone(), running_var.clone()
+        options = {"residual": residual, "activation": "relu"} if fused else {}
+        args = (*buffers, weight, bias, training)
+        return batch_norm(x, *args, eps=0.1, backend=backend, **options)
+
+    leaves = leaves if fused else leaves[:3]
+    layer_ = layer if fused else lambda x, w, b: layer(x, w, b, None)
+    assert torch.autograd.gradcheck(layer_, leaves)
+    assert torch.autograd.gradgradcheck(layer_, leaves)
+
+
+def written_out(x, weight, bias, eps):
+    """Batch norm from primitives, for derivatives of any order."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    mean = x.mean(dims, keepdim=True)
+    var = ((x - mean) ** 2).mean(dims, keepdim=True)
+    return (x - mean) / (var + eps).sqrt() * weight.view(shape) + bias.view(shape)
+
+
+def test_third_and_fourth_derivative(backend):
+    # pytorch#186256: torch's own are wrong from the third on, without an error.
+    x, weight, bias, *_, direction = case((5, 2, 3))
+    w = case((5, 2, 3), seed=3)[0]
+
+    def derivatives(layer):
+        t = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        value, out = (layer(x + t * direction) * w).sum(), []
+        for _ in range(4):
+            (value,) = torch.autograd.grad(value, t, create_graph=True)
+            out.append(value.detach())
+        return torch.stack(out)
+
+    ours = derivatives(
+        lambda x: batch_norm(x, None, None, weight, bias, True, eps=0.1, backend=backend)
+    )
+    theirs = derivatives(lambda x: written_out(x, weight, bias, 0.1))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_nested_forward_mode():
+    # pytorch#196699, the same fault in forward mode
+    x, weight, bias, *_, v = case((5, 2, 3))
+
+    def second(layer):
+        def first(x):
+            return torch.func.jvp(layer, (x,), (v,))[1]
+
+        return torch.func.jvp(first, (x,), (v,))[1]
+
+    ours = second(lambda x: batch_norm(x, None, None, weight, bias, True, eps=0.1))
+    torch.testing.assert_close(ours, second(lambda x: written_out(x, weight, bias, 0.1)))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_forward_mode_leaves_the_buffers_plain():
+    x, weight, bias, running_mean, running_var, v = case((5, 2, 3))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, v)
+        y = batch_norm(dual, running_mean, running_var, weight, bias, True, eps=0.1)
+        tangent = forward_ad.unpack_dual(y).tangent
+        assert forward_ad.unpack_dual(running_mean).tangent is None
+    _, expected = torch.func.jvp(lambda x: written_out(x, weight, bias, 0.1), (x,), (v,))
+    torch.testing.assert_close(tangent, expected)
+
+
+def test_torch_func_grad_and_vmap(backend):
+    x, weight, bias, *_, dy = case((5, 2, 3))
+
+    def loss(x, weight, layer):
+        return (layer(x, weight) * dy).sum()
+
+    def ours(x, weight):
+        return batch_norm(x, None, None, weight, bias, True, eps=0.1, backend=backend)
+
+    def theirs(x, weight):
+        return written_out(x, weight, bias, 0.1)
+
+    assert_same(
+        torch.func.grad(loss, argnums=(0, 1))(x, weight, ours),
+        torch.func.grad(loss, argnums=(0, 1))(x, weight, theirs),
+    )
+    xs, weights = torch.stack([x, 2 * x, x * x]), torch.stack([weight, weight + 1, weight])
+    assert_same([torch.func.vmap(ours)(xs, weights)], [torch.func.vmap(theirs)(xs, weights)])
+    both = torch.func.vmap(torch.func.grad(loss), in_dims=(0, 0, None))
+    assert_same([both(xs, weights, ours)], [both(xs, weights, theirs)])
+
+
+def test_vmap_with_running_statistics_is_refused_in_training_only():
+    x, _, _, running_mean, running_var, _ = case((5, 2, 3))
+    xs = torch.stack([x, 2 * x])
+    y = torch.func.vmap(lambda x: batch_norm(x, running_mean, running_var))(xs)
+    torch.testing.assert_close(y[1], torch_batch_norm(2 * x, running_mean, running_var))
+    with pytest.raises(RuntimeError, match="running statistics"):
+        torch.func.vmap(lambda x: batch_norm(x, running_mean, running_var, training=True))(xs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(reentrant, backend):
+    x, weight, bias, _, _, dy = case((5, 2, 3))
+    plain, saved = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    def layer(x):
+        return batch_norm(x, None, None, weight, bias, True, activation="relu", backend=backend)
+
+    layer(plain).backward(dy)
+    checkpoint(layer, saved, use_reentrant=reentrant).backward(dy)
+    torch.testing.assert_close(saved.grad, plain.grad, rtol=0, atol=0)
+
+
+def test_inference_mode(backend):
+    x, weight, bias, running_mean, running_var, _ = case((5, 2, 3))
+    with torch.inference_mode():
+        y = batch_norm(x, running_mean, running_var, weight, bias, backend=backend)
+    torch.testing.assert_close(y, torch_batch_norm(x, running_mean, running_var, weight, bias))
+
+
+def test_input_changed_before_backward_is_an_error(backend):
+    x, weight, bias, *_ = case((5, 2, 3))
+    weight.requires_grad_()
+    y = batch_norm(x, None, None, weight, bias, True, backend=backend)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# --- residual and ReLU ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 7), (16, 4, 3, 5), (8, 16, 1, 1)], ids=str)
+def test_fused(shape, training, with_residual, activation, memory_format, backend):
+    x, *rest, dy = (
+        t if t.dim() < 4 else t.contiguous(memory_format=memory_format) for t in case(shape)
+    )
+    leaves = [case(shape, seed=1)[0].requires_grad_() for _ in range(2)]
+
+    def fused(*args):
+        residual = leaves[0] if with_residual else None
+        return batch_norm(*args, residual=residual, activation=activation, backend=backend)
+
+    def apart(*args):
+        y = torch_batch_norm(*args)
+        y = y + leaves[1] if with_residual else y
+        return torch.relu(y) if activation else y
+
+    ours, theirs = run(fused, x, *rest, dy, training), run(apart, x, *rest, dy, training)
+    assert_same(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_same([leaves[0].grad], [leaves[1].grad], rtol=1e-12, atol=1e-12)
+    assert ours[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("needs", ["x", "weight", "residual", "bias"])
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_with_one_gradient_alone(training, needs, backend):
+    x, weight, bias, running_mean, running_var, dy = case((4, 3, 5))
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": case((4, 3, 5), seed=1)[0]}
+
+    def grad(backend):
+        given = {k: t.clone().requires_grad_(k == needs) for k, t in tensors.items()}
+        stats = (running_mean.clone(), running_var.clone())
+        y = batch_norm(
+            given.pop("x") if needs != "x" else given["x"],
+            *stats,
+            given["weight"],
+            given["bias"],
+            training,
+            residual=given["residual"],
+            activation="relu",
+            backend=backend,
+        )
+        y.backward(dy)
+        return given[needs].grad
+
+    with_mask = grad(backend)
+    y = torch_batch_norm(x, running_mean, running_var, weight, bias, training)
+    dy_masked = dy * (y + tensors["residual"] > 0)
+    if needs == "residual":
+        torch.testing.assert_close(with_mask, dy_masked)
+    elif needs == "bias":
+        torch.testing.assert_close(with_mask, dy_masked.sum((0, 2)))
+    else:
+        torch.testing.assert_close(with_mask, grad("reference"))
+
+
+@pytest.mark.parametrize("shape", [(32, 4, 7, 7), (5, 3, 3, 3)], ids=str)
+def test_fused_keeps_x_and_at_most_a_bit_per_element(shape, backend):
+    x, weight, bias, *_, dy = case(shape, torch.float32)
+    residual = case(shape, torch.float32, seed=1)[0].requires_grad_()
+    kept = []
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = batch_norm(
+            x.requires_grad_(),
+            None,
+            None,
+            weight,
+            bias,
+            True,
+            residual=residual,
+            activation="relu",
+            backend=backend,
+        )
+    large = [t for t in kept if t.numel() > shape[1]]
+    assert sum(t.data_ptr() == x.data_ptr() for t in large) == 1
+    mask_bytes = sum(t.nbytes for t in large if t.data_ptr() != x.data_ptr())
+    assert mask_bytes <= x.numel() / 8 + shape[1]  # padded to a byte per channel
+    y.backward(dy)
+
+
+def test_mask_round_trip():
+    for shape in [(3, 5, 7, 7), (1, 2), (9, 3), (8, 3, 4), (16, 2, 3, 1), (0, 3, 2), (2, 0, 3)]:
+        positive = torch.rand(shape) > 0.5
+        assert torch.equal(unpack_mask(pack_mask(positive, positive), positive), positive)
+        positive = positive.movedim(1, -1).contiguous().movedim(-1, 1)
+        assert torch.equal(unpack_mask(pack_mask(positive, positive), positive), positive)
+
+
+def test_relu_passes_nan_as_torch(backend):
+    x, *_, dy = case((4, 3, 5), torch.float32)
+    x[1, 0, 2] = float("nan")
+    x.requires_grad_()
+    y = batch_norm(x, None, None, training=True, activation="relu", backend=backend)
+    assert y[:, 0].isnan().all()
+    y.backward(dy)
+    assert x.grad[:, 0].isnan().all() and x.grad[:, 1:].isfinite().all()
+
+
+# --- tools that record the calls ------------------------------------------------------------------
+
+
+def test_compile_fullgraph_updates_the_buffers():
+    x, weight, bias, running_mean, running_var, dy = case((4, 3, 5), torch.float32)
+    residual = case((4, 3, 5), torch.float32, seed=1)[0]
+
+    def layer(x, *args):
+        return batch_norm(x, *args, residual=residual, activation="relu")
+
+    args = (x, weight, bias, running_mean, running_var, dy, True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, *args), run(layer, *args), rtol=1e-5, atol=1e-5)
+
+
+def test_export_holds_torchs_operator():
+    class Layer(torch.nn.Module):
+        def forward(self, x, mean, var):
+            return batch_norm(x, mean, var, activation="relu")
+
+    x, _, _, running_mean, running_var, _ = case((4, 3, 5), torch.float32)
+    program = torch.export.export(Layer(), (x, running_mean, running_var))
+    assert "batch_norm" in str(program.graph)
+    y = program.module()(x, running_mean, running_var)
+    torch.testing.assert_close(y, torch_batch_norm(x, running_mean, running_var).relu())
+
+
+def test_dispatch_modes_see_torchs_operators():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, bias, *_ = case((4, 3, 5), torch.float32)
+    with FlopCounterMode(display=False):
+        y = batch_norm(x, None, None, weight, bias, True)
+    torch.testing.assert_close(y, torch_batch_norm(x, None, None, weight, bias, True))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (TypeError, "torch.Tensor, got list", {"input": [1.0]}),
+        (TypeError, "real floating dtype, got torch.int64", {"input": torch.ones(4, 3).long()}),
+        (TypeError, "torch.complex64", {"input": torch.ones(4, 3, dtype=torch.complex64)}),
+        (ValueError, r"rank >= 2 .* shape \(4,\)", {"input": torch.ones(4)}),
+        (ValueError, r"weight of shape \(3,\).* shape \(2,\)", {"weight": torch.ones(2)}),
+        (ValueError, r"bias of shape \(3,\).* shape \(3, 1\)", {"bias": torch.ones(3, 1)}),
+        (ValueError, r"running_mean of shape \(3,\)", {"running_mean": torch.ones(4)}),
+        (ValueError, "running_var=None with training=True", {"running_var": None}),
+        (
+            ValueError,
+            "training=False",
+            {"running_mean": None, "running_var": None, "training": False},
+        ),
+        (ValueError, "eps > 0 in training, got 0", {"eps": 0.0}),
+        (ValueError, "eps >= 0, got -1", {"eps": -1.0, "training": False}),
+        (ValueError, r"residual of shape .* got \(4, 1\)", {"residual": torch.ones(4, 1)}),
+        (ValueError, "residual of shape .* torch.float64", {"residual": torch.ones(4, 3).double()}),
+        (ValueError, "activation None or 'relu', got 'gelu'", {"activation": "gelu"}),
+        (ValueError, "expected backend in .* got 'cuda'", {"backend": "cuda"}),
+        (ValueError, "more than 1 value per channel", {"input": torch.ones(1, 3)}),
+        (
+            ValueError,
+            "backend='cpu' takes.* on meta",
+            {"input": torch.ones(4, 3, device="meta"), "backend": "cpu"},
+        ),
+    ],
+)
+def test_errors_name_what_arrived(error, message, change):
+    arguments = {
+        "input": torch.ones(4, 3),
+        "running_mean": torch.zeros(3),
+        "running_var": torch.ones(3),
+        "training": True,
+    }
+    with pytest.raises(error, match=message):
+        batch_norm(**(arguments | change))
+
+
+def test_without_numba_the_reference_serves_and_says_so_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "bnlib.kernels.cpu", raising=False)
+    functional._load.cache_clear()
+    x = case((4, 3, 5), torch.float32)[0]
+    try:
+        with pytest.warns(
+            UserWarning, match="bnlib computes batch norm with its reference"
+        ) as seen:
+            y = batch_norm(x, None, None, training=True)
+            batch_norm(x, None, None, training=True)
+        assert len(seen) == 1
+        torch.testing.assert_close(y, torch_batch_norm(x, None, None, training=True))
+        with pytest.raises(ImportError):
+            batch_norm(x, None, None, training=True, backend="cpu")
+    finally:
+        functional._load.cache_clear()

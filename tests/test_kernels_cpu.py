@@ -1,0 +1,207 @@
+"""bnlib.kernels.cpu: equal to the reference, the same bits on any number of threads."""
+
+import concurrent.futures
+
+import pytest
+import torch
+
+from bnlib import reference
+from bnlib.functional import batch_norm
+from bnlib.kernels import cpu, empty_mask, unpack_mask
+
+# Rows, short rows, neighbouring channels; many and few channels and samples; awkward lengths.
+SHAPES = [
+    (2, 3),
+    (1023, 7),
+    (5, 1100),
+    (3, 40, 1, 1),
+    (8, 3, 31),
+    (16, 37, 7, 7),
+    (5, 37, 7, 7),
+    (1, 2, 1023),
+    (3, 1, 17, 19),
+    (9, 2, 300),
+    (8, 20, 17, 19),
+    (2, 5, 3, 4, 5),
+]
+LARGE = [(8, 64, 9, 9), (7, 3, 40, 40), (16, 2, 600), (3000, 11), (4, 1100, 3, 3)]
+
+
+def neighbours(t):
+    """The same values with the channels side by side in memory."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def tensors(shape, dtype=torch.float64, lanes=False):
+    g = torch.Generator().manual_seed(sum(shape))
+    made = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3)]
+    x, dy, residual = (neighbours(t) if lanes else t for t in made)
+    weight, bias = torch.rand(2, shape[1], generator=g, dtype=torch.float64) + 0.5
+    return [t.to(dtype) for t in (x * 3 + 5, dy, residual, weight, bias)]
+
+
+def everything(x, dy, residual, weight, bias):
+    """All that the kernels compute for one input."""
+    y, m, inv_std = cpu.moments_and_normalize(x, weight, bias, 1e-5)
+    mask = empty_mask(x)
+    fused = cpu.normalize(x, m.mean, inv_std, weight, bias, residual=residual, relu=True, mask=mask)
+    rest = (dy, x, m.mean, inv_std)
+    dx, *sums = cpu.grad_sums_and_input(*rest, weight, m.count)
+    dresidual = cpu.empty_like(x)
+    masked_dx, *masked_sums = cpu.grad_sums_and_input(
+        *rest, weight, m.count, mask=mask, dresidual=dresidual
+    )
+    return [y, m.mean, m.m2, inv_std, fused, dx, *sums, masked_dx, *masked_sums, dresidual], mask
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+def test_equals_the_reference(shape, lanes):
+    x, dy, residual, weight, bias = given = tensors(shape, lanes=lanes)
+    ours, mask = everything(*given)
+    m = reference.moments(x)
+    inv_std = 1 / torch.sqrt(m.var() + 1e-5)
+    y = reference.normalize(x, m.mean, inv_std, weight, bias)
+    fused = torch.relu(y + residual)
+    rest = (x, m.mean, inv_std)
+    expected = [y, m.mean, m.m2, inv_std, fused]
+    for g in (dy, dy * (fused > 0)):
+        sums = reference.grad_sums(g, *rest)
+        expected += [reference.grad_input(g, *rest, weight, *sums, m.count), *sums]
+    expected.append(dy * (fused > 0))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert torch.equal(unpack_mask(mask, x), fused > 0)
+    # The primitives one by one, as the synchronised layer calls them: the same numbers.
+    mean, inv_std = ours[1], ours[3]
+    apart = [*cpu.moments(x)[1:], cpu.normalize(x, mean, inv_std, weight, bias)]
+    sums = cpu.grad_sums(dy, x, mean, inv_std)
+    apart += [*sums, cpu.grad_input(dy, x, mean, inv_std, weight, *sums, m.count)]
+    for a, b in zip(apart, [*ours[1:3], ours[0], *ours[6:8], ours[5]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_channel_axis():
+    x, dy, _, weight, bias = tensors((6, 5, 3, 4))
+    last = [t.movedim(1, -1) for t in (x, dy)]
+    m, last_m = cpu.moments(x), cpu.moments(last[0], -1)
+    assert torch.equal(m.mean, last_m.mean) and torch.equal(m.m2, last_m.m2)
+    inv_std = 1 / torch.sqrt(m.var() + 1e-5)
+    y = cpu.normalize(last[0], m.mean, inv_std, weight, bias, -1)
+    assert torch.equal(y.movedim(-1, 1), cpu.normalize(x, m.mean, inv_std, weight, bias))
+    sums = cpu.grad_sums(last[1], last[0], m.mean, inv_std, -1)
+    dx = cpu.grad_input(last[1], last[0], m.mean, inv_std, weight, *sums, m.count, -1)
+    expected = reference.grad_input(dy, x, m.mean, inv_std, weight, *sums, m.count)
+    torch.testing.assert_close(dx.movedim(-1, 1), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7])
+@pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variance_where_the_mean_or_the_first_value_is_large(dtype, lanes, scale):
+    for outlier in (False, True):
+        x = tensors((16, 6, 15, 15), dtype, lanes)[0]
+        if outlier:
+            x[0, :, 0, 0] = scale  # the value from which the kernels measure distances
+        else:
+            x += scale
+        exact = reference.moments(x.double())
+        m = cpu.moments(x)
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-12 * (10 if outlier else scale)
+        torch.testing.assert_close(m.m2.double(), exact.m2, rtol=tolerance, atol=0)
+        torch.testing.assert_close(m.mean.double(), exact.mean, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
+def test_constant_channel_gives_the_bias(lanes):
+    x, _, _, weight, bias = tensors((8, 6, 5, 5), torch.float32, lanes)
+    x.copy_(torch.arange(6.0).view(1, 6, 1, 1) * 1000.1)
+    y, m, _ = cpu.moments_and_normalize(x, weight, bias, 1e-5)
+    assert torch.equal(m.m2, torch.zeros(6))
+    assert torch.equal(y, bias.view(1, 6, 1, 1).expand(x.shape))
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_same_bits_on_any_number_of_threads(shape, lanes, monkeypatch):
+    given = tensors(shape, torch.float32, lanes)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5, 2):
+            torch.set_num_threads(threads)
+            results.append(everything(*given))
+        monkeypatch.setattr(cpu, "_openmp", None)  # where torch has no OpenMP that we can call
+        results.append(everything(*given))
+    finally:
+        torch.set_num_threads(before)
+    for arrays, mask in results[1:]:
+        assert torch.equal(mask, results[0][1])
+        for a, b in zip(arrays, results[0][0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_several_python_threads_at_once():
+    given = [tensors(shape, torch.float32) for shape in LARGE]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        alone = [everything(*t)[0] for t in given]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda t: everything(*t)[0], given * 8))
+    finally:
+        torch.set_num_threads(before)
+    for i, arrays in enumerate(together):
+        for a, b in zip(arrays, alone[i % len(given)], strict=True):
+            assert torch.equal(a, b)
+
+
+class Normalized(torch.utils.data.Dataset):
+    """Runs the kernels where a DataLoader runs its data set."""
+
+    def __init__(self):
+        self.x = [tensors((8, 64, 9, 9), torch.float32)[0] + i for i in range(4)]
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        # More than a worker's one thread; torch's own operations on many elements would hang now.
+        torch.set_num_threads(2)
+        y = batch_norm(self.x[i], None, None, training=True, backend="cpu")
+        return y.numpy().tobytes()
+
+
+def test_in_forked_data_loader_workers():
+    data = Normalized()
+    before = torch.get_num_threads()
+    try:
+        expected = [data[i] for i in range(4)]  # the parent's threads run before it forks
+    finally:
+        torch.set_num_threads(before)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    assert list(loader) == expected
+
+
+def test_works_where_nothing_can_be_cached():
+    def decorate(cache):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return "compiled"
+
+    assert cpu._cached(decorate) == "compiled"
+
+
+def test_supports():
+    class Own(torch.Tensor):
+        pass
+
+    x = torch.ones(2, 3)
+    assert all(cpu.supports(x.to(t)) for t in (torch.float32, torch.float64, torch.bfloat16))
+    assert cpu.supports(torch.nn.Parameter(x))
+    assert not cpu.supports(x.to("meta"))
+    assert not cpu.supports(x.to_sparse())
+    assert not cpu.supports(x.as_subclass(Own))
+    assert not cpu.supports(x.long())

@@ -1,0 +1,276 @@
+"""The Triton kernels without a GPU: run by the interpreter, compiled for a GPU, and refused."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton has no wheel for this platform"
+)
+
+
+def python(*arguments, **environment):
+    """Run Python in the repository's root; return its exit code and what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+# --- In the interpreter ---------------------------------------------------------------------------
+
+
+@needs_triton
+def test_against_float64_in_the_interpreter():
+    arguments = ("-q", "-p", "no:cacheprovider", "-W", "error")
+    code, said = python(
+        "-m", "pytest", *arguments, "tests/kernels_gpu_interpreted.py", TRITON_INTERPRET="1"
+    )
+    assert code == 0, said
+    assert re.search(r"^[1-9]\d* passed in", said, re.MULTILINE), said
+
+
+# --- Compiled for a GPU ---------------------------------------------------------------------------
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
+# Layers of ResNet-50, (N, C, H = W), so that every kernel, way to cut and width of loads is met;
+# whether channels are innermost; the bytes that a thread can load at once.
+CASES = [
+    ((256, 256, 56), torch.bfloat16, False, 16),
+    ((256, 256, 56), torch.float32, True, 16),
+    ((32, 2048, 7), torch.bfloat16, True, 16),
+    ((32, 512, 28), torch.float32, False, 16),
+    ((32, 256, 14), torch.bfloat16, False, 8),  # rows of 196 elements: multiples of 4
+    ((256, 512, 7), torch.bfloat16, False, 2),  # rows of 49
+]
+
+
+def launches(monkeypatch, layer, dtype, channels_last):
+    """Return every launch of one layer: forward plain and with all that is fused, and backward."""
+    from bnlib.kernels import gpu
+
+    calls = []
+    monkeypatch.setattr(gpu, "supports", lambda x: True)
+    monkeypatch.setattr(gpu, "_launch", lambda *args, **kwargs: calls.append((args, kwargs)))
+    n, c, h = layer
+    x = torch.empty((n, c, h, h), dtype=dtype, device="meta")
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    v = torch.empty(c, device="meta")
+    mask, dresidual = gpu.empty_mask(x), gpu.empty_like(x)
+    running = {"running_mean": v, "running_var": v, "momentum": 0.1}
+    gpu.moments_and_normalize(x, v, v, 1e-5, **running)
+    gpu.moments_and_normalize(x, v, v, 1e-5, x, True, mask, **running)
+    gpu.grad_sums_and_input(x, x, v, v, v, 2, mask=mask, dresidual=dresidual)
+    given = [tuple(a is None for a in args) for args, _ in calls]
+    once = {(c[0][0].__name__, str(c[1]), g): c for c, g in zip(calls, given, strict=True)}
+    return list(once.values())
+
+
+def compiled(kernel, grid, *args, warps=4, **blocks):
+    """Compile one launch for an H100 or H200, specialised as triton specialises it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = dict(zip(kernel.arg_names, args, strict=False)) | blocks
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in blocks or value is None:
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
+        is_pointer = isinstance(value, torch.Tensor)
+        signature[name] = POINTERS[value.dtype] if is_pointer else "i32"
+        if is_pointer:  # torch's allocator aligns to more than 16 bytes
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            assert kernel.params[i].do_not_specialize
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def machine_code(cubin, folder):
+    """Return (registers, bytes of stack, disassembly), by the tool that triton ships."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    said = [
+        subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    ]
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", said[0])
+    return int(usage[1]), int(usage[2]), said[1]
+
+
+@needs_triton
+@pytest.mark.parametrize(("layer", "dtype", "channels_last", "wide"), CASES, ids=str)
+def test_compiles_without_spills_and_with_wide_loads(
+    monkeypatch, tmp_path, layer, dtype, channels_last, wide
+):
+    """For sm_90: no registers spilled to memory, loads and stores as wide as the layout allows."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    suffix = {2: ".U16", 4: "", 8: ".64", 16: ".128"}[wide]
+    for args, blocks in launches(monkeypatch, layer, dtype, channels_last):
+        kernel, _, *tensors = args
+        binary = compiled(*args, **blocks)
+        registers, stack, code = machine_code(binary.asm["cubin"], tmp_path)
+        assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), f"{kernel.__name__} spills"
+        threads = 32 * blocks.get("warps", 4)
+        assert registers * threads <= 65536, "not even one program fits on a multiprocessor"
+        if "BN" not in blocks:
+            continue  # merges a few numbers per channel
+        tile = blocks["BN"] * blocks["BC"] * blocks["BP"] * dtype.itemsize
+        times = max(tile // (threads * wide), 1)
+        whole = [t for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4]
+        whole = [t for t in whole if t.dtype == dtype]
+        stores = {"_moments_kernel": 0, "_grad_sums_kernel": 0}.get(kernel.__name__, 1)
+        stores += kernel.__name__ in ("_grad_input_kernel", "_backward_kernel") and len(whole) == 4
+        loads = len(whole) - stores
+        found = len(re.findall(rf"\bLDG\.E{re.escape(suffix)}(?![.\w])", code))
+        assert found >= times * loads, f"{kernel.__name__}: {found} loads of {wide} bytes"
+        found = len(re.findall(rf"\bSTG\.E{re.escape(suffix)}(?![.\w])", code))
+        assert found >= times * stores, f"{kernel.__name__}: {found} stores of {wide} bytes"
+
+
+@needs_triton
+def test_every_kernel_is_compiled(monkeypatch):
+    from bnlib.kernels import gpu
+
+    kernels = {name for name in vars(gpu) if name.endswith("_kernel")}
+    met = set()
+    for layer, dtype, channels_last, _ in CASES:
+        met |= {args[0].__name__ for args, _ in launches(monkeypatch, layer, dtype, channels_last)}
+    assert met == kernels and len(kernels) == 8
+
+
+# --- How tensors are cut --------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("reduce", [False, True])
+def test_a_plan_covers_every_tile_once(reduce):
+    from bnlib.kernels import gpu
+
+    shapes = [(1, 1, 1), (32, 64, 3136), (2, 3, 50_000_000), (10**9, 3, 1), (7, 10**6, 1)]
+    for n, c, p in shapes:
+        for itemsize in (2, 4):
+            plan = gpu._plan(n, c, p, itemsize, reduce)
+            bn, bc, bp = (plan.blocks[name] for name in ("BN", "BC", "BP"))
+            assert plan.tiles == -(-n // bn) * -(-p // bp)
+            assert plan.grid[0] * bc >= c > (plan.grid[0] - 1) * bc
+            used = plan.grid[1] * plan.per_program
+            assert used >= plan.tiles > used - plan.per_program  # no program without a tile
+            assert plan.grid[1] <= (512 if reduce else 65535)
+            assert (bn - 1) * c * p + bc * p + bp < 2**31  # offsets inside a tile
+
+
+@needs_triton
+def test_single_read_serves_most_of_resnet50():
+    """At batch 32, 41 of the 53 forwards in torch's usual layout: H = W = 28, 14 and 7."""
+    from bnlib.kernels import gpu
+
+    counts = {(64, 112): 1, (64, 56): 6, (256, 56): 4, (128, 56): 1, (128, 28): 7, (512, 28): 5}
+    counts |= {(256, 28): 1, (256, 14): 11, (1024, 14): 7, (512, 14): 1, (512, 7): 5, (2048, 7): 4}
+    assert sum(counts.values()) == 53
+    fits = [k for (c, h), k in counts.items() if gpu._whole(32, c, h * h, 2, fused=False)]
+    assert sum(fits) == 41
+
+
+# --- The benchmark --------------------------------------------------------------------------------
+
+CSV_HEADER = "date,machine,gpu,driver,torch,triton,op,layout,dtype,n,c,h,w,impl,median_us,floor_us"
+
+
+@needs_triton
+def test_benchmark_dry_run(tmp_path):
+    """All of the benchmark but the GPU: it checks the kernels, times, and writes the CSV."""
+    code, said = python("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "gpu.csv"))
+    assert code == 0, said
+    assert "results agree with float64" in said
+    text = (tmp_path / "gpu.csv").read_text()
+    assert text.splitlines()[0] == CSV_HEADER
+    rows = list(csv.DictReader(text.splitlines()))
+    assert {row["machine"] for row in rows} == {"dry run"}
+    found = {(row["op"], row["layout"], row["impl"]) for row in rows if row["h"] == "7"}
+    ops = [a + b for a in ("train", "add_relu") for b in ("_fwd", "_bwd", "_fwd_bwd")] + ["eval"]
+    layouts, impls = ("contiguous", "channels_last"), ("bnlib", "eager", "copy")
+    assert found == set(itertools.product(ops, layouts, impls))
+    assert {row["op"] for row in rows} == {*ops, "bandwidth", "resnet50_step"}
+    assert all(float(row["median_us"]) > 0 for row in rows)
+
+
+@needs_triton
+def test_benchmark_finds_a_wrong_kernel(tmp_path):
+    """Its correctness pass can fail: here, of kernels that do not see γ."""
+    (tmp_path / "run.py").write_text(
+        "import runpy, sys, os\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from bnlib.kernels import gpu\n"
+        "right = gpu.moments_and_normalize\n"
+        "gpu.moments_and_normalize = lambda x, w, *a, **k: right(x, None, *a, **k)\n"
+        "sys.argv = ['gpu.py', '--dry-run']\n"
+        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')\n"
+    )
+    code, said = python(str(tmp_path / "run.py"))
+    assert code == 1 and "WRONG: train_fwd_bwd" in said, said
+
+
+def test_benchmark_says_what_is_missing(tmp_path):
+    (tmp_path / "array_api_compat.py").write_text("raise ImportError")
+    code, said = python("benchmarks/gpu.py", PYTHONPATH=str(tmp_path))
+    assert code == 1 and "array-api-compat" in said
+    assert "Traceback" not in said
+
+
+def test_recorded_measurements_have_the_columns():
+    assert (ROOT / "book/data/gpu.csv").read_text().splitlines()[0] == CSV_HEADER
+
+
+# --- Refused --------------------------------------------------------------------------------------
+
+
+def test_without_triton_the_error_says_so():
+    code, said = python("-c", "import sys; sys.modules['triton'] = None; import bnlib.kernels.gpu")
+    assert code == 1
+    assert "ImportError: the GPU kernels need triton" in said
+
+
+@needs_triton
+def test_on_the_cpu_the_error_says_what_is_missing():
+    from bnlib.kernels import gpu
+
+    x = torch.zeros(2, 3)
+    assert not gpu.supports(x)
+    with pytest.raises(RuntimeError, match="expected x on a GPU, got Tensor on cpu"):
+        gpu.moments(x)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
+            gpu.moments(x)
