@@ -272,6 +272,8 @@ def mend_page(html: str) -> str:
         'aria-label="Color mode" data-bs-title="Color mode"',
         'aria-label="Colour mode" data-bs-title="Colour mode"',
     )
+    # This button's name is the word that it shows.
+    html = re.sub(r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1", html)
     # A formula or a table that scrolls can be reached by keyboard.
     html = re.sub(
         r'<div class="((?:[\w-]+ )*math(?: [\w-]+)*)"',
