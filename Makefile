@@ -21,7 +21,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help book test lab notebooks bench linkcheck clean
+.PHONY: help book offline test lab notebooks bench linkcheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -40,6 +40,9 @@ book: $(STAMP)  ## build the book as HTML, warnings are errors
 	@rm -rf _build
 	@$(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
 	$(SAY) "Open $(CURDIR)/_build/html/index.html"
+
+offline: book  ## make one zip of the book that needs no network
+	@$(PY) tools/offline.py
 
 test: $(STAMP)  ## check style and types, run every test and every notebook
 	$(SAY) "Style"

@@ -148,10 +148,13 @@ def drop_unused_variables(css: str, elsewhere: str) -> str:
 
 
 def squeeze(css: str) -> str:
-    """Drop white space that means nothing."""
-    css = re.sub(r"\s+", " ", css)
-    css = re.sub(r"(?<=[{};,]) | (?=[{};,])", "", css)
-    return css.replace(";}", "}")
+    """Drop white space that means nothing; what is quoted stays as it is."""
+    parts = re.split(r"(\"(?:\\.|[^\"\\])*\"|'(?:\\.|[^'\\])*'|url\([^)]*\))", css)
+    for i in range(0, len(parts), 2):
+        part = re.sub(r"\s+", " ", parts[i])
+        part = re.sub(r"(?<=[{};,]) | (?=[{};,])", "", part)
+        parts[i] = part.replace(";}", "}")
+    return "".join(parts)
 
 
 # --- Fonts ----------------------------------------------------------------------------------------
@@ -269,6 +272,8 @@ def mend_page(html: str) -> str:
         'aria-label="Color mode" data-bs-title="Color mode"',
         'aria-label="Colour mode" data-bs-title="Colour mode"',
     )
+    # This button's name is the word that it shows.
+    html = re.sub(r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1", html)
     # A formula or a table that scrolls can be reached by keyboard.
     html = re.sub(
         r'<div class="((?:[\w-]+ )*math(?: [\w-]+)*)"',
@@ -303,7 +308,14 @@ def relink(html: str, prefix: str, style: str, script: str) -> str:
     html = re.sub(rf'\s*<script\b[^>]*src="{stale}(?:{names})[^>]*></script>', "", html)
     html = re.sub(r"\s*<script>DOCUMENTATION_OPTIONS\.pagename[^<]*</script>", "", html)
     html = re.sub(r"<script src=", "<script defer src=", html)
+    # Four bars, one for each axis; without an icon a browser asks for one that is not there.
+    bars = "".join(
+        f"%3Crect x='{4 * i}' width='3' height='16' fill='%23{color}'/%3E"
+        for i, color in enumerate(("0072b2", "d55e00", "009e73", "cc79a7"))
+    )
+    picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
     head = (
+        f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
         f'<link rel="stylesheet" href="{prefix}_static/{style}" />\n'
         f'<script defer src="{prefix}_static/{script}"></script>\n'
     )
@@ -326,6 +338,9 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
         p: p.read_text(encoding="utf-8") for p in out.rglob("*.html") if static not in p.parents
     }
 
+    missing = [s for s in SCRIPTS if not (static / s).is_file()]
+    if missing:
+        raise ValueError(f"expected {missing} in {static}: remove the old build, then build anew")
     scripts = ";\n".join((static / s).read_text(encoding="utf-8") for s in SCRIPTS)
     scripts = re.sub(r"^//# sourceMappingURL=.*$", "", scripts, flags=re.M)
     other = (static / "searchtools.js").read_text(encoding="utf-8")
