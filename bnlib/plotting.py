@@ -314,6 +314,9 @@ class AxisExplorer:
             f'[data-jp-theme-light="false"] .axis-explorer{{{shades["dark"]}}}'
         ) + (folder / "axis_explorer.css").read_text(encoding="utf-8")
 
+    def __repr__(self) -> str:
+        return f"AxisExplorer({self.fragment!r})"
+
     def _repr_html_(self) -> str:
         css = re.sub(r"(?<=[{};,:]) | (?=[{};,])", "", re.sub(r"\s+", " ", self.css))
         lines = (line.strip() for line in self.esm.splitlines())
