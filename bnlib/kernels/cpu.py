@@ -9,9 +9,10 @@ strides that are neither contiguous nor channels_last are copied first.
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
 results are merged in a fixed order: the bits do not depend on the number of threads.
 
-Statistics are those of small tiles, computed in the precision of the input in two passes while a
-tile is in registers or the L1 cache, and merged in float64 (:func:`bnlib.merge`). Nothing is ever
-taken from a sum of squares but the rounding error of a tile's own mean, however large the mean.
+Statistics are those of small tiles, merged in float64 (:func:`bnlib.merge`). A tile of a row takes
+float64 sums of d and d², where d is the distance from its first value; a tile of eight rows of a
+panel stays in registers for two passes. That is not E[x²] - E[x]²: however large the mean, it drops
+out before anything is squared.
 """
 
 from __future__ import annotations
@@ -257,20 +258,14 @@ def _apply_mask(dy, mask, bit, g):
 
 @_jit
 def _row_moments(x):
-    """Mean and m2 of a tile: distances from the first value give a mean, those from it the rest."""
-    first = _up(x[0])
-    number = type(first)
-    s = number(0)
+    """Mean and m2 of a tile, from float64 sums of the distances from its first value."""
+    first = np.float64(_up(x[0]))
+    s, q = 0.0, 0.0
     for i in range(x.size):
-        s += _up(x[i]) - first
-    near = first + s / number(x.size)
-    s, q = number(0), number(0)
-    for i in range(x.size):
-        d = _up(x[i]) - near
+        d = np.float64(_up(x[i])) - first
         s += d
         q += d * d
-    s64 = np.float64(s)
-    return np.float64(near) + s64 / x.size, np.float64(q) - s64 * s64 / x.size
+    return first + s / x.size, q - s * s / x.size
 
 
 @_jit
@@ -811,7 +806,7 @@ def _start(make: Callable[..., Any], x: Tensor, arguments: Any) -> None:
 
 # --- what torch sees ------------------------------------------------------------------------------
 
-_SHORT = 256  # positions; rows shorter than this are better looked at as a panel
+_SHORT = 100  # positions; rows shorter than this are better looked at as a panel
 _WIDE = 1024  # columns, of which a panel's vectors fit into the L1 cache
 
 
