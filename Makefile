@@ -21,7 +21,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help book test lab notebooks linkcheck clean
+.PHONY: help book offline test lab notebooks bench linkcheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ book: $(STAMP)  ## build the book as HTML, warnings are errors
 	@$(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
 	$(SAY) "Open $(CURDIR)/_build/html/index.html"
 
+offline: book  ## make one zip of the book that needs no network
+	@$(PY) tools/offline.py
+
 test: $(STAMP)  ## check style and types, run every test and every notebook
 	$(SAY) "Style"
 	@$(PY) -m ruff check .
@@ -56,6 +59,10 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 
 notebooks: $(STAMP)  ## execute every notebook and store its outputs
 	@$(PY) tools/run_notebooks.py
+
+bench: $(STAMP)  ## measure the CPU kernels against PyTorch, on a quiet machine
+	$(SAY) "Measuring; this writes book/data/cpu.csv"
+	@$(PY) benchmarks/cpu.py
 
 linkcheck: $(STAMP)  ## check that the book's outside links answer
 	$(SAY) "Checking links"

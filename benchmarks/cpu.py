@@ -1,12 +1,13 @@
 """Measure batch norm on the CPU: bnlib, PyTorch eager, torch.compile and a bare copy.
 
-    python benchmarks/cpu.py            # all of it, about an hour; writes book/data/cpu.csv
-    python benchmarks/cpu.py --quick    # a few shapes and repetitions, in minutes; prints only
+    python benchmarks/cpu.py            # all of it, 15 minutes; writes book/data/cpu.csv
+    python benchmarks/cpu.py --quick    # a few shapes, less than two minutes; prints only
 
 Every combination of threads and page size runs in a process of its own, because PyTorch reads
 THP_MEM_ALLOC_ENABLE when it starts. Within it the contestants take turns in one loop, in an order
 that is reversed every time, and the row keeps the median of each. A ratio above 1 says how many
-times longer the other one took than bnlib.
+times longer the other one took than bnlib. torch.compile takes longer to compile than to measure:
+it takes part at batch 32 and the largest number of threads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -32,6 +34,7 @@ RESNET = [
 ]  # fmt: skip
 ODD = [(3, 224), (48, 23), (100, 33), (720, 5), (1000, 1)]
 QUICK = [(64, 56), (512, 28), (256, 14), (512, 7)]
+SECONDS = 0.1  # for each contestant and operation, and at least three repetitions
 OUT = Path(__file__).parents[1] / "book" / "data" / "cpu.csv"
 COLUMNS = [
     "date", "machine", "cores", "python", "torch", "numba", "bnlib", "huge_pages", "threads",
@@ -50,15 +53,17 @@ def main() -> None:
     if args.child is not None:
         run_child(**args.child)
         return
-    rows = []
-    for huge_pages in (0, 1):
-        for threads in sorted({1, min(2, os.cpu_count() or 1)}):
-            settings = {
-                "threads": threads,
-                "quick": args.quick,
-                "with_compile": not args.no_compile,
-            }
-            rows += run_process(huge_pages, settings)
+    most = min(2, os.cpu_count() or 1)
+    settings: list[tuple[int, dict]] = []
+    for huge in (0, 1):
+        for threads in sorted({1, most}):
+            with_compile = threads == most and not args.no_compile and not (args.quick and huge)
+            setting = {"threads": threads, "quick": args.quick, "with_compile": with_compile}
+            settings.append((huge, setting))
+    rows, start = [], time.perf_counter()
+    for i, (huge, setting) in enumerate(settings):
+        rows += run_process(huge, setting, start, i / len(settings), 1 / len(settings))
+    print(file=sys.stderr)
     summarise(rows)
     if not args.quick:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +74,9 @@ def main() -> None:
         print(f"wrote {len(rows)} rows to {args.out}")
 
 
-def run_process(huge_pages: int, settings: dict) -> list[dict]:
+def run_process(
+    huge_pages: int, settings: dict, start: float, before: float, share: float
+) -> list[dict]:
     """The rows of one setting, measured in a fresh process, with a progress bar meanwhile."""
     threads = str(settings["threads"])
     environment = os.environ | {
@@ -82,13 +89,14 @@ def run_process(huge_pages: int, settings: dict) -> list[dict]:
         assert process.stdout is not None
         for line in process.stdout:
             record = json.loads(line)
-            if "row" in record:
-                rows.append(record["row"] | {"huge_pages": huge_pages})
-            done, total = record["done"], record["total"]
-            bar = "#" * (30 * done // total)
-            label = f"threads {threads}, huge pages {'on' if huge_pages else 'as shipped'}"
-            print(f"\r{label} [{bar:30}] {done}/{total}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+            rows.append(record["row"] | {"huge_pages": huge_pages})
+            done, elapsed = before + share * record["done"], time.perf_counter() - start
+            left = elapsed / done - elapsed
+            print(
+                f"\r[{'#' * int(30 * done):30}] {100 * done:3.0f} %, "
+                f"{left // 60:.0f} min {left % 60:02.0f} s left ",
+                end="", file=sys.stderr, flush=True,
+            )  # fmt: skip
     if process.returncode:
         raise SystemExit(f"the measuring process ended with code {process.returncode}")
     return rows
@@ -114,13 +122,15 @@ def run_child(threads: int, quick: bool, with_compile: bool) -> None:
     shapes = [(8, *s) for s in QUICK] if quick else [(n, *s) for n in (32, 8) for s in RESNET]
     shapes += [] if quick else [(16, *s) for s in ODD]
     cases = [(layout, *shape) for layout in ("contiguous", "channels_last") for shape in shapes]
-    for done, case in enumerate(cases, 1):
-        for row in measure_shape(*case, quick, with_compile):
-            print(json.dumps({"row": setting | row, "done": done, "total": len(cases) + 1}))
-            sys.stdout.flush()
+    # In units of the time that a case takes whatever its size; the last is the training step.
+    work = [1 + n * c * h * h / 4e6 for _, n, c, h in cases] + [4]
+    for i, case in enumerate(cases):
+        compiles = with_compile and (case[1] == 32 or (quick and case[2] == 512))
+        for row in measure_shape(*case, quick, compiles):
+            done = sum(work[: i + 1]) / sum(work)
+            print(json.dumps({"row": setting | row, "done": done}), flush=True)
     for row in measure_training(quick):
-        row = json.dumps({"row": setting | row, "done": len(cases) + 1, "total": len(cases) + 1})
-        print(row, flush=True)
+        print(json.dumps({"row": setting | row, "done": 1}), flush=True)
 
 
 def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile: bool) -> list:
@@ -131,9 +141,9 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
     torch._dynamo.reset()
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     torch.manual_seed(0)
-    x, residual, dy = (
-        torch.randn(n, c, h, h).contiguous(memory_format=memory_format) for _ in range(3)
-    )
+    x = torch.randn(n, c, h, h).contiguous(memory_format=memory_format)
+    residual, dy = x.flip(0), x.flip(0, 1)
+    assert dy.stride() == x.stride()
     weight, bias = torch.rand(c), torch.rand(c)
     buffers = torch.zeros(c), torch.ones(c)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
@@ -153,7 +163,7 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
         contestants["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
     contestants["clone"] = None
 
-    def train(function, name, with_residual=False):
+    def train(function, with_residual=False):
         inputs = leaves if with_residual else leaves[:3]
         start = time.perf_counter()
         y = function(x, residual if with_residual else None, True)
@@ -168,37 +178,39 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
             "forward+backward": end - start,
         }
 
-    def evaluate(function, name):
+    def evaluate(function):
         with torch.no_grad():
             start = time.perf_counter()
             function(x, None, False)
             return {"evaluation": time.perf_counter() - start}
 
-    def clone(function, name):
+    def clone(function):
         start = time.perf_counter()
         x.detach().clone()
         return {"clone": time.perf_counter() - start}
 
-    size = x.numel() * x.element_size()
-    repetitions = 5 if quick else max(7, min(41, int(2e8 / size)))
+    everyone = [name for name in contestants if name != "clone"]
     jobs = [
-        (lambda f, name: train(f, name), ["bnlib", "eager", "compile"]),
-        (lambda f, name: train(f, name, True), ["bnlib", "eager", "compile"]),
-        (evaluate, ["bnlib", "eager", "compile"]),
+        (train, everyone),
+        (functools.partial(train, with_residual=True), everyone),
+        (evaluate, ["bnlib", "eager"]),
         (clone, ["clone"]),
     ]
     times: dict[str, dict[str, list[float]]] = {}
     peaks: dict[str, dict[str, float]] = {}
-    for repetition in range(-2, repetitions):  # the first two warm up
-        for job, names in jobs:
-            present = [name for name in names if name in contestants]
-            for name in present if repetition % 2 else reversed(present):
+    for job, names in jobs:
+        end, repetition = math.inf, -2  # the first two warm up
+        while repetition < 3 or time.perf_counter() < end:
+            if repetition == 0:
+                end = time.perf_counter() + SECONDS * len(names)
+            for name in names if repetition % 2 else reversed(names):
                 before = reset_peak() if repetition == 0 else None
-                for operation, seconds in job(contestants[name], name).items():
+                for operation, seconds in job(contestants[name]).items():
                     if repetition >= 0:
                         times.setdefault(operation, {}).setdefault(name, []).append(seconds)
                     if before is not None:
                         peaks.setdefault(operation, {})[name] = (peak() - before) / 2**20
+            repetition += 1
     clone_ms = milliseconds(times.pop("clone")["clone"])
     shape = {"layout": layout, "batch": n, "channels": c, "size": h, "clone_ms": clone_ms}
     return [
@@ -290,23 +302,20 @@ def milliseconds(seconds: list[float]) -> float:
 
 
 def summarise(rows: list[dict]) -> None:
-    """Print geometric means of the ratios, and the shapes where bnlib is not the fastest."""
+    """Print geometric means of the ratios, and the shapes with the least gain over eager."""
     keys = ("huge_pages", "threads", "layout", "operation")
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    print(
-        f"{'pages':>5} threads {'layout':13} {'operation':28} eager compile  slower than eager at"
-    )
+    print(f"{'pages':>5} threads {'layout':13} {'operation':28} eager compile  worst over eager")
     for group, members in sorted(groups.items()):
         means = [geometric_mean(members, key) for key in ("eager_ratio", "compile_ratio")]
-        slower = [
-            f"{r['batch']}x{r['channels']}x{r['size']}" for r in members if r["eager_ratio"] < 1
-        ]
+        worst = sorted(members, key=lambda r: r["eager_ratio"])[:3]
+        shapes = [f"{r['batch']}x{r['channels']}x{r['size']} ({r['eager_ratio']})" for r in worst]
         huge, threads, layout, operation = group
         print(
             f"{'huge' if huge else '4K':>5} {threads:7} {layout:13} {operation:28} "
-            f"{means[0]:>5} {means[1]:>7}  {' '.join(slower)}"
+            f"{means[0]:>5} {means[1]:>7}  {', '.join(shapes)}"
         )
 
 

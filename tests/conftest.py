@@ -1,6 +1,52 @@
-"""Let the tests import the book's Sphinx extensions."""
+"""What several test modules share: the built site, a browser, and the path to the extensions."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "book" / "_ext"))
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "book" / "_ext"))
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The book, built anew with every warning an error; once, however many workers there are."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "site"
+    with FileLock(shared / "site.lock"):
+        if not (out / "done").is_file():
+            program = "from jupyter_book.cli.main import main; main()"
+            options = ["-W", "-n", "--keep-going", "--path-output", str(out)]
+            done = subprocess.run(
+                [sys.executable, "-c", program, "build", ".", *options],
+                cwd=ROOT,
+                env={k: v for k, v in os.environ.items() if k != "GITHUB_REPOSITORY"},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            (out / "done").touch()
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """The system's Chromium, driven by Playwright."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: install chromium to run the browser tests")
+    from playwright.sync_api import sync_playwright
+
+    options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -450,22 +448,6 @@ def test_page_rule_finds_a_spoilt_page(html):
     fine = "<link rel='canonical' href='https://a.org'><a href='//a.org'>x</a>"
     assert page_problems(fine) == []
     assert page_problems(fine + html)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The book, built anew with every warning an error."""
-    out = tmp_path_factory.mktemp("site")
-    program = "from jupyter_book.cli.main import main; main()"
-    options = ["-W", "-n", "--keep-going", "--path-output", str(out)]
-    done = subprocess.run(
-        [sys.executable, "-c", program, "build", ".", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out / "_build" / "html"
 
 
 def test_built_pages(site):

@@ -9,10 +9,10 @@ strides that are neither contiguous nor channels_last are copied first.
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
 results are merged in a fixed order: the bits do not depend on the number of threads.
 
-Statistics are float64 sums of d and d², where d = x - x₀ is the distance from the task's first
-value of the channel. That is not E[x²] - E[x]²: x₀ is one of the n values, so (x₀ - mean)² <= n σ²,
-and the relative error of the variance is at most n times that of a float64 sum, however large the
-mean.
+Statistics are those of small tiles, merged in float64 (:func:`bnlib.merge`). A tile of a row takes
+float64 sums of d and d², where d is the distance from its first value; a tile of eight rows of a
+panel stays in registers for two passes. That is not E[x²] - E[x]²: however large the mean, it drops
+out before anything is squared.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ from torch import Tensor
 from bnlib.kernels import channels_are_neighbours
 from bnlib.moments import Moments
 
+# moments_and_normalize takes them as arguments and moves them.
+MOVES_RUNNING_STATISTICS = True
+
 # How Numba sees the elements: it has no 16-bit floats, so those travel as integers.
 _STORED = {
     torch.float32: (numba.float32, numba.float32),
@@ -47,6 +50,7 @@ _STORED = {
 }
 _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
+_TILE = 1024  # neighbours in a row whose sums may have the precision of the input
 
 
 def supports(x: Tensor) -> bool:
@@ -79,6 +83,12 @@ def _jit(function: Callable[..., Any]) -> Any:
     return _cached(lambda cache: numba.njit(cache=cache, **_OPTIONS)(function))
 
 
+def _jit_in_order(function: Callable[..., Any]) -> Any:
+    """As _jit, with the additions as they are written."""
+    options = _OPTIONS | {"fastmath": {"contract"}}
+    return _cached(lambda cache: numba.njit(cache=cache, **options)(function))
+
+
 @intrinsic
 def _take(typingctx, pointer):
     """Add 1 to the number at ``pointer``, all threads in turn, and return what it was."""
@@ -101,7 +111,7 @@ def _pointer(typingctx, address, element):
 
 
 @intrinsic
-def _as_float(typingctx, bits):
+def _real(typingctx, bits):
     """The 64 bits of an integer as a float64."""
     return types.float64(bits), lambda context, builder, signature, args: builder.bitcast(
         args[0], ir.DoubleType()
@@ -156,18 +166,21 @@ def _range(task, tasks, size):
 
 
 @_jit
-def _finish(c0, c1, count, out, eps, stats):
-    """Mean, m2 and inv_std of channels c0 .. c1, rounded to the dtype of ``stats``."""
+def _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var):
+    """Mean, m2 and inv_std of channels c0 .. c1, rounded; move the running statistics, if any."""
     for c in range(c0, c1):
         m2 = out[1, c]
         if m2 < 0:  # by rounding, in a channel of equal values
             m2 = 0.0
         stats[0, c], stats[1, c] = out[0, c], m2
         stats[2, c] = 1 / np.sqrt(m2 / count + eps)
+        if running_mean.size:
+            running_mean[c] += momentum * (stats[0, c] - running_mean[c])
+            running_var[c] += momentum * (stats[1, c] / (count - 1) - running_var[c])
 
 
 @_jit
-def _merge(partial, rows, per_row, eps, stats):
+def _merge(partial, rows, per_row, eps, momentum, stats, running_mean, running_var):
     """:func:`bnlib.merge` over the tasks that shared ``rows``; then as _finish."""
     splits, _, channels = partial.shape
     count = rows * per_row
@@ -185,32 +198,32 @@ def _merge(partial, rows, per_row, eps, stats):
         for c in range(channels):
             d = partial[s, 0, c] - total[0, c]
             total[1, c] += partial[s, 1, c] + part * d * d
-    _finish(0, channels, count, total, eps, stats)
+    _finish(0, channels, count, total, eps, momentum, stats, running_mean, running_var)
 
 
 @_jit
-def _add_up(c0, c1, out, stats, sums):
+def _add_up(c0, c1, out, inv_std, sums):
     for c in range(c0, c1):
-        sums[0, c], sums[1, c] = out[0, c], out[1, c] * stats[2, c]
+        sums[0, c], sums[1, c] = out[0, c], out[1, c] * inv_std[c]
 
 
 @_jit
-def _add_up_all(partial, stats, sums):
+def _add_up_all(partial, inv_std, sums):
     splits, _, channels = partial.shape
     total = np.zeros((2, channels))
     for s in range(splits):
         for i in range(2):
             for c in range(channels):
                 total[i, c] += partial[s, i, c]
-    _add_up(0, channels, total, stats, sums)
+    _add_up(0, channels, total, inv_std, sums)
 
 
 @_jit
-def _coefficients(c, weight, stats, sums, count):
+def _coefficients(c, weight, inv_std, sums, count):
     """dx = a dy + b (x - mean) + c of one channel."""
-    inv_std = np.float64(stats[2, c])
-    a = weight[c] * inv_std
-    return a, -a * inv_std * sums[1, c] / count, -a * sums[0, c] / count
+    factor = np.float64(inv_std[c])
+    a = weight[c] * factor
+    return a, -a * factor * sums[1, c] / count, -a * sums[0, c] / count
 
 
 @_jit
@@ -226,13 +239,33 @@ def _mask_piece(n, c, i, x, mask):
 
 
 @_jit
-def _row_sums(x, shift):
+def _set_mask(y, mask, bit):
+    """Set this bit of the mask where y is not cut off, and clear those above."""
+    keep = np.uint8((1 << bit) - 1)  # the bits below, which are there already
+    one = np.uint8(1 << bit)
+    zero = type(_up(y[0]))(0)
+    for i in range(y.size):
+        mask[i] = (mask[i] & keep) | (np.uint8(0) if _up(y[i]) <= zero else one)
+
+
+@_jit
+def _apply_mask(dy, mask, bit, g):
+    one = np.uint8(1 << bit)
+    zero = type(dy[0])(0)  # of 16-bit floats as of the integers that they are here
+    for i in range(dy.size):
+        g[i] = dy[i] if mask[i] & one else zero
+
+
+@_jit
+def _row_moments(x):
+    """Mean and m2 of a tile, from float64 sums of the distances from its first value."""
+    first = np.float64(_up(x[0]))
     s, q = 0.0, 0.0
     for i in range(x.size):
-        d = np.float64(_up(x[i])) - shift
+        d = np.float64(_up(x[i])) - first
         s += d
         q += d * d
-    return s, q
+    return first + s / x.size, q - s * s / x.size
 
 
 @_jit
@@ -248,86 +281,42 @@ def _row_apply(x, residual, y, mean, scale, bias, floor):
 
 
 @_jit
-def _row_apply_masked(x, residual, y, mask, bit, mean, scale, bias):
-    """As _row_apply with ReLU; also set this bit of the mask where y is not cut off."""
-    zero = type(mean)(0)
-    keep = np.uint8((1 << bit) - 1)  # the bits below, which are there already
-    one = np.uint8(1 << bit)
-    if residual.size:
-        for i in range(x.size):
-            v = (_up(x[i]) - mean) * scale + bias + _up(residual[i])
-            cut = v <= zero
-            y[i] = _down(y, zero if cut else v)
-            mask[i] = (mask[i] & keep) | (np.uint8(0) if cut else one)
-    else:
-        for i in range(x.size):
-            v = (_up(x[i]) - mean) * scale + bias
-            cut = v <= zero
-            y[i] = _down(y, zero if cut else v)
-            mask[i] = (mask[i] & keep) | (np.uint8(0) if cut else one)
-
-
-@_jit
 def _row_gradient_sums(dy, x, mean):
-    s, q = 0.0, 0.0
+    s, q = type(mean)(0), type(mean)(0)
     for i in range(x.size):
-        g = np.float64(_up(dy[i]))
+        g = _up(dy[i])
         s += g
-        q += g * (np.float64(_up(x[i])) - mean)
-    return s, q
+        q += g * (_up(x[i]) - mean)
+    return np.float64(s), np.float64(q)
 
 
 @_jit
-def _row_gradient_sums_masked(dy, x, mask, bit, mean):
-    s, q = 0.0, 0.0
-    one = np.uint8(1 << bit)
-    for i in range(x.size):
-        g = np.float64(_up(dy[i])) if mask[i] & one else 0.0
-        s += g
-        q += g * (np.float64(_up(x[i])) - mean)
-    return s, q
-
-
-@_jit
-def _row_gradient(dy, x, dx, mean, a, b, c):
-    for i in range(x.size):
-        dx[i] = _down(dx, a * _up(dy[i]) + (b * (_up(x[i]) - mean) + c))
-
-
-@_jit
-def _row_gradient_masked(dy, x, dx, dresidual, mask, bit, mean, a, b, c):
-    zero = type(mean)(0)
-    one = np.uint8(1 << bit)
-    if dresidual.size:
+def _row_gradient(dy, x, dx, in_place, mean, a, b, c):
+    if in_place:  # dy is dx, which a loop over two arrays would have to allow for
         for i in range(x.size):
-            g = _up(dy[i]) if mask[i] & one else zero
-            dresidual[i] = _down(dresidual, g)
-            dx[i] = _down(dx, a * g + (b * (_up(x[i]) - mean) + c))
+            dx[i] = _down(dx, a * _up(dx[i]) + (b * (_up(x[i]) - mean) + c))
     else:
         for i in range(x.size):
-            g = _up(dy[i]) if mask[i] & one else zero
-            dx[i] = _down(dx, a * g + (b * (_up(x[i]) - mean) + c))
+            dx[i] = _down(dx, a * _up(dy[i]) + (b * (_up(x[i]) - mean) + c))
 
 
 @_jit
 def _rows_moments(x, c0, c1, n0, n1, out):
     """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, to ``out[c]``."""
-    for c in range(c0, c1):
-        out[0, c] = out[1, c] = 0.0
+    size = x.shape[2]
     for n in range(n0, n1):
-        for c in range(c0, c1):
-            s, q = _row_sums(x[n, c], np.float64(_up(x[n0, c, 0])))
-            out[0, c] += s
-            out[1, c] += q
-    count = (n1 - n0) * x.shape[2]
-    for c in range(c0, c1):
-        out[0, c], out[1, c] = _from_shifted(x[n0, c, 0], count, out[0, c], out[1, c])
-
-
-@_jit
-def _from_shifted(first, count, s, q):
-    """Mean and m2 from the sums of d and d squared, d = x - first."""
-    return np.float64(_up(first)) + s / count, q - s * s / count
+        for i in range(0, size, _TILE):
+            k = min(i + _TILE, size)
+            before = np.float64((n - n0) * size + i)
+            share = (k - i) / (before + (k - i))
+            for c in range(c0, c1):
+                mean, m2 = _row_moments(x[n, c, i:k])
+                if before == 0:
+                    out[0, c], out[1, c] = mean, m2
+                else:  # bnlib.merge
+                    d = mean - out[0, c]
+                    out[0, c] += d * share
+                    out[1, c] += m2 + d * d * before * share
 
 
 @_jit
@@ -346,23 +335,18 @@ def _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0,
         for c in range(c0, c1):
             mean, scale, b = stats[0, c], stats[2, c] * weight[c], bias[c]
             res = residual[n, c] if residual.size else residual[0, 0]
-            if mask.size == 0:
-                _row_apply(x[n, c], res, y[n, c], mean, scale, b, floor)
-                continue
-            i = 0
+            _row_apply(x[n, c], res, y[n, c], mean, scale, b, floor)
+            i = 0 if mask.size else size
             while i < size:
                 bit, start, length = _mask_piece(n, c, i, x, mask)
-                k = i + length
-                part = res[i:k] if residual.size else res
-                m = flat[start : start + length]
-                _row_apply_masked(x[n, c, i:k], part, y[n, c, i:k], m, bit, mean, scale, b)
-                i = k
+                _set_mask(y[n, c, i : i + length], flat[start : start + length], bit)
+                i += length
 
 
 def _rows_forward(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        measure, apply, relu, eps = a[1], a[2], a[3] != 0, _as_float(a[4])
+        measure, apply, relu, eps, momentum = a[1], a[2], a[3] != 0, _real(a[4]), _real(a[20])
         blocks, splits, channels = a[5], a[6], a[7]
         shape, mask_shape = (a[8], channels, a[9]), (a[10], a[11])
         none = (np.int64(1), np.int64(1), np.int64(0))
@@ -374,6 +358,8 @@ def _rows_forward(stored, number):
         bias = numba.carray(_pointer(a[17], number), channels)
         stats = numba.carray(_pointer(a[18], number), (3, channels))
         partial = numba.carray(_pointer(a[19], numba.float64), (splits, 2, channels))
+        running_mean = numba.carray(_pointer(a[21], number), channels if a[21] else 0)
+        running_var = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
         # The samples of one channel share bytes of the mask.
         cuts = np.int64(1) if apply and mask.size else splits
         while True:
@@ -386,7 +372,8 @@ def _rows_forward(stored, number):
                 out = partial[task % cuts]
                 _rows_moments(x, c0, c1, n0, n1, out)
                 if splits == 1:
-                    _finish(c0, c1, shape[0] * shape[2], out, eps, stats)
+                    count = shape[0] * shape[2]
+                    _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
             if apply:  # while these channels are in the cache, if all has been measured
                 _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1)
 
@@ -394,53 +381,37 @@ def _rows_forward(stored, number):
 
 
 @_jit
-def _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out):
+def _rows_gradient_sums(dy, x, g, mask, mean, c0, c1, n0, n1, out):
+    """Also write the masked dy to g, which without a mask is dy."""
     size = x.shape[2]
     flat = mask.reshape(mask.size)
-    for c in range(c0, c1):
-        out[0, c] = out[1, c] = 0.0
+    out[0, c0:c1] = 0.0
+    out[1, c0:c1] = 0.0
     for n in range(n0, n1):
         for c in range(c0, c1):
-            mean = np.float64(stats[0, c])
-            if mask.size == 0:
-                s, q = _row_gradient_sums(dy[n, c], x[n, c], mean)
-                out[0, c] += s
-                out[1, c] += q
-                continue
             i = 0
             while i < size:
-                bit, start, length = _mask_piece(n, c, i, x, mask)
-                k = i + length
-                m = flat[start : start + length]
-                s, q = _row_gradient_sums_masked(dy[n, c, i:k], x[n, c, i:k], m, bit, mean)
+                k = min(i + _TILE, size)
+                if mask.size:
+                    bit, start, length = _mask_piece(n, c, i, x, mask)
+                    length = min(length, _TILE)
+                    k = i + length
+                    _apply_mask(dy[n, c, i:k], flat[start : start + length], bit, g[n, c, i:k])
+                s, q = _row_gradient_sums(g[n, c, i:k], x[n, c, i:k], mean[c])
                 out[0, c] += s
                 out[1, c] += q
                 i = k
 
 
 @_jit
-def _rows_gradient(dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1):
-    size = x.shape[2]
-    flat = mask.reshape(mask.size)
+def _rows_gradient(dy, x, dx, in_place, weight, mean, inv_std, sums, count, c0, c1, n0, n1):
+    number = type(mean[0])
     for n in range(n0, n1):
         for ch in range(c0, c1):
-            mean = stats[0, ch]
-            a64, b64, c64 = _coefficients(ch, weight, stats, sums, count)
-            a, b, c = type(mean)(a64), type(mean)(b64), type(mean)(c64)
-            if mask.size == 0:
-                _row_gradient(dy[n, ch], x[n, ch], dx[n, ch], mean, a, b, c)
-                continue
-            dres = dresidual[n, ch] if dresidual.size else dresidual[0, 0]
-            i = 0
-            while i < size:
-                bit, start, length = _mask_piece(n, ch, i, x, mask)
-                k = i + length
-                part = dres[i:k] if dresidual.size else dres
-                m = flat[start : start + length]
-                _row_gradient_masked(
-                    dy[n, ch, i:k], x[n, ch, i:k], dx[n, ch, i:k], part, m, bit, mean, a, b, c
-                )
-                i = k
+            a, b, c = _coefficients(ch, weight, inv_std, sums, count)
+            _row_gradient(
+                dy[n, ch], x[n, ch], dx[n, ch], in_place, mean[ch], number(a), number(b), number(c)
+            )
 
 
 def _rows_backward(stored, number):
@@ -449,30 +420,31 @@ def _rows_backward(stored, number):
         measure, apply, count = a[1], a[2], a[4]
         blocks, splits, channels = a[5], a[6], a[7]
         shape, mask_shape = (a[8], channels, a[9]), (a[10], a[11])
-        none = (np.int64(1), np.int64(1), np.int64(0))
         dy = numba.carray(_pointer(a[12], stored), shape)
         x = numba.carray(_pointer(a[13], stored), shape)
         dx = numba.carray(_pointer(a[14], stored), shape)
-        dresidual = numba.carray(_pointer(a[15], stored), shape if a[15] else none)
+        g = numba.carray(_pointer(a[15], stored), shape)
         mask = numba.carray(_pointer(a[16], numba.uint8), mask_shape)
         weight = numba.carray(_pointer(a[17], number), channels)
-        stats = numba.carray(_pointer(a[18], number), (3, channels))
-        sums = numba.carray(_pointer(a[19], number), (2, channels))
-        partial = numba.carray(_pointer(a[20], numba.float64), (splits, 2, channels))
+        mean = numba.carray(_pointer(a[18], number), channels)
+        inv_std = numba.carray(_pointer(a[19], number), channels)
+        sums = numba.carray(_pointer(a[20], number), (2, channels))
+        partial = numba.carray(_pointer(a[21], numba.float64), (splits, 2, channels))
         while True:
             task = _take(p)
             if task >= blocks * splits:
                 break
             c0, c1 = _range(task // splits, blocks, channels)
             n0, n1 = _range(task % splits, splits, shape[0])
-            if measure:
-                out = partial[task % splits]
-                _rows_gradient_sums(dy, x, mask, stats, c0, c1, n0, n1, out)
-                if splits == 1:
-                    _add_up(c0, c1, out, stats, sums)
+            out = partial[task % splits]
+            if measure or mask.size:
+                _rows_gradient_sums(dy, x, g, mask, mean, c0, c1, n0, n1, out)
+            if measure and splits == 1:
+                _add_up(c0, c1, out, inv_std, sums)
             if apply:
+                in_place = a[14] == a[15]
                 _rows_gradient(
-                    dy, x, dx, dresidual, mask, weight, stats, sums, count, c0, c1, n0, n1
+                    g, x, dx, in_place, weight, mean, inv_std, sums, count, c0, c1, n0, n1
                 )
 
     return kernel
@@ -480,6 +452,7 @@ def _rows_backward(stored, number):
 
 # Panels: x is (M, K), loops run over K neighbours that belong to many channels. Column k is of
 # channel k % C if there are ``repeat`` positions in a row (then size = 1), else of k // size.
+# Sums take eight rows at a time, which stay in registers, and go on in float64.
 
 
 @_jit
@@ -498,14 +471,16 @@ def _spread(values, repeat, size, c0, c1, out):
             k += c1 - c0
             continue
         for c in range(c0, c1):
-            out[k : k + size] = values[c]
+            for i in range(k, k + size):
+                out[i] = values[c]
             k += size
 
 
 @_jit
 def _collect(columns, repeat, size, c0, c1, out):
     """One value per column, summed to one per channel."""
-    out[c0:c1] = 0.0
+    for c in range(c0, c1):
+        out[c] = 0.0
     k = 0
     for _ in range(repeat):
         if size == 1:
@@ -515,97 +490,104 @@ def _collect(columns, repeat, size, c0, c1, out):
             continue
         for c in range(c0, c1):
             total = 0.0
-            for i in range(size):
-                total += columns[k + i]
+            for i in range(k, k + size):
+                total += columns[i]
             out[c] += total
             k += size
+
+
+@_jit_in_order
+def _eight_moments(x, r, k0, tiles, mean, m2):
+    """Merge rows r .. r + 8 into mean and m2 of 8 * tiles rows before them, column by column."""
+    k1 = k0 + mean.size
+    x0, x1, x2, x3 = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
+    x4, x5, x6, x7 = x[r + 4, k0:k1], x[r + 5, k0:k1], x[r + 6, k0:k1], x[r + 7, k0:k1]
+    eighth = type(_up(x[0, 0]))(0.125)
+    share, part = 1.0 / (tiles + 1), 8.0 * tiles / (tiles + 1)
+    for k in range(mean.size):
+        a, b, c, d = _up(x0[k]), _up(x1[k]), _up(x2[k]), _up(x3[k])
+        e, f, g, h = _up(x4[k]), _up(x5[k]), _up(x6[k]), _up(x7[k])
+        # Distances from the first value give a mean, and those from it the rest.
+        near = (((b - a) + (c - a)) + ((d - a) + (e - a))) + (((f - a) + (g - a)) + (h - a))
+        near = a + near * eighth
+        a, b, c, d = a - near, b - near, c - near, d - near
+        e, f, g, h = e - near, f - near, g - near, h - near
+        s = ((a + b) + (c + d)) + ((e + f) + (g + h))
+        q = ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h))
+        rest = s * eighth
+        delta = (np.float64(near) - mean[k]) + np.float64(rest)
+        mean[k] += delta * share
+        m2[k] += np.float64(q - s * rest) + delta * delta * part
 
 
 @_jit
 def _panel_moments(x, repeat, size, r0, r1, c0, c1, out):
     k0, k1 = _panel_columns(x, repeat, size, c0, c1)
     width = k1 - k0
+    mean, m2 = np.zeros(width), np.zeros(width)
+    tiles = (r1 - r0) // 8
+    for t in range(tiles):
+        _eight_moments(x, r0 + 8 * t, k0, t, mean, m2)
+    for r in range(r0 + 8 * tiles, r1):
+        xr, share = x[r, k0:k1], 1.0 / (r - r0 + 1)
+        for k in range(width):
+            d = np.float64(_up(xr[k])) - mean[k]
+            mean[k] += d * share
+            m2[k] += d * d * (1.0 - share)
+    # The columns of a channel have as many rows each.
+    columns, middle = np.float64(repeat * size), np.empty(width)
     first = np.empty(c1)
     for c in range(c0, c1):
-        first[c] = _up(x[r0, c * size])
-    shift, s, q = np.empty(width), np.zeros(width), np.zeros(width)
-    _spread(first, repeat, size, c0, c1, shift)
-    quads = (r1 - r0) // 4 * 4
-    for r in range(r0, r0 + quads, 4):  # four rows at a time, to touch s and q less often
-        xa, xb, xc, xd = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
-        for k in range(width):
-            a = np.float64(_up(xa[k])) - shift[k]
-            b = np.float64(_up(xb[k])) - shift[k]
-            c = np.float64(_up(xc[k])) - shift[k]
-            d = np.float64(_up(xd[k])) - shift[k]
-            s[k] += (a + b) + (c + d)
-            q[k] += (a * a + b * b) + (c * c + d * d)
-    for r in range(r0 + quads, r1):
-        for k in range(width):
-            a = np.float64(_up(x[r, k0 + k])) - shift[k]
-            s[k] += a
-            q[k] += a * a
-    _collect(s, repeat, size, c0, c1, out[0])
-    _collect(q, repeat, size, c0, c1, out[1])
-    count = (r1 - r0) * repeat * size
+        first[c] = mean[(c - c0) * size]
+    _spread(first, repeat, size, c0, c1, middle)
+    for k in range(width):
+        middle[k] = mean[k] - middle[k]
+    _collect(middle, repeat, size, c0, c1, out[0])
     for c in range(c0, c1):
-        out[0, c], out[1, c] = _from_shifted(x[r0, c * size], count, out[0, c], out[1, c])
+        out[0, c] = first[c] + out[0, c] / columns
+    _spread(out[0], repeat, size, c0, c1, middle)
+    for k in range(width):
+        d = mean[k] - middle[k]
+        m2[k] += d * d * (r1 - r0)
+    _collect(m2, repeat, size, c0, c1, out[1])
 
 
 @_jit
 def _panel_normalize(x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1):
     k0, k1 = _panel_columns(x, repeat, size, c0, c1)
     mean, scale, shift = np.empty((3, k1 - k0), stats.dtype)
+    factor = np.empty(c1, stats.dtype)
+    for c in range(c0, c1):
+        factor[c] = stats[2, c] * weight[c]
     _spread(stats[0], repeat, size, c0, c1, mean)
-    _spread(stats[2], repeat, size, c0, c1, scale)
-    _spread(weight, repeat, size, c0, c1, shift)
-    scale *= shift
+    _spread(factor, repeat, size, c0, c1, scale)
     _spread(bias, repeat, size, c0, c1, shift)
-    zero = type(stats[0, 0])(0)
-    if mask.size == 0:
-        floor = _floor(stats, relu)
-        for r in range(r0, r1):
-            xr, yr = x[r, k0:k1], y[r, k0:k1]
-            if residual.size:
-                res = residual[r, k0:k1]
-                for k in range(xr.size):
-                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k] + _up(res[k])
-                    yr[k] = _down(y, floor if v < floor else v)
-            else:
-                for k in range(xr.size):
-                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k]
-                    yr[k] = _down(y, floor if v < floor else v)
-        return
+    floor = _floor(stats, relu)
+    # With a mask r0 .. r1 are its rows, of which each stands for eight of x.
     rows, groups = x.shape[0], mask.shape[0]
-    for j in range(r0, r1):  # here r0 .. r1 are rows of the mask
-        m = mask[j, k0:k1]
-        for bit in range(8):
+    for bit in range(8 if mask.size else 1):
+        for j in range(r0, min(r1, rows - bit * groups) if mask.size else r1):
             r = bit * groups + j
-            if r >= rows:
-                break
-            one, keep = np.uint8(1 << bit), np.uint8((1 << bit) - 1)
             xr, yr = x[r, k0:k1], y[r, k0:k1]
             if residual.size:
                 res = residual[r, k0:k1]
                 for k in range(xr.size):
                     v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k] + _up(res[k])
-                    cut = v <= zero
-                    yr[k] = _down(y, zero if cut else v)
-                    m[k] = (m[k] & keep) | (np.uint8(0) if cut else one)
+                    yr[k] = _down(y, floor if v < floor else v)
             else:
                 for k in range(xr.size):
                     v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k]
-                    cut = v <= zero
-                    yr[k] = _down(y, zero if cut else v)
-                    m[k] = (m[k] & keep) | (np.uint8(0) if cut else one)
+                    yr[k] = _down(y, floor if v < floor else v)
+            if mask.size:
+                _set_mask(yr, mask[j, k0:k1], bit)
 
 
 def _panel_forward(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        measure, apply, relu, eps = a[1], a[2], a[3] != 0, _as_float(a[4])
+        measure, apply, relu, eps, momentum = a[1], a[2], a[3] != 0, _real(a[4]), _real(a[20])
         blocks, splits, channels = a[5], a[6], a[7]
-        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[22], a[23]
+        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[23], a[24]
         none = (np.int64(1), np.int64(0))
         x = numba.carray(_pointer(a[12], stored), shape)
         residual = numba.carray(_pointer(a[13], stored), shape if a[13] else none)
@@ -615,6 +597,8 @@ def _panel_forward(stored, number):
         bias = numba.carray(_pointer(a[17], number), channels)
         stats = numba.carray(_pointer(a[18], number), (3, channels))
         partial = numba.carray(_pointer(a[19], numba.float64), (splits, 2, channels))
+        running_mean = numba.carray(_pointer(a[21], number), channels if a[21] else 0)
+        running_var = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
         while True:
             task = _take(p)
             if task >= blocks * splits:
@@ -625,7 +609,8 @@ def _panel_forward(stored, number):
                 out = partial[task % splits]
                 _panel_moments(x, repeat, size, r0, r1, c0, c1, out)
                 if splits == 1:
-                    _finish(c0, c1, shape[0] * repeat * size, out, eps, stats)
+                    count = shape[0] * repeat * size
+                    _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
             if apply:
                 r0, r1 = _range(task % splits, splits, mask_shape[0] if mask.size else shape[0])
                 _panel_normalize(
@@ -635,78 +620,77 @@ def _panel_forward(stored, number):
     return kernel
 
 
+@_jit_in_order
+def _eight_gradient_sums(dy, x, r, k0, mean, s, q):
+    """Add rows r .. r + 8 to the sums of every column."""
+    k1 = k0 + mean.size
+    x0, x1, x2, x3 = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
+    x4, x5, x6, x7 = x[r + 4, k0:k1], x[r + 5, k0:k1], x[r + 6, k0:k1], x[r + 7, k0:k1]
+    g0, g1, g2, g3 = dy[r, k0:k1], dy[r + 1, k0:k1], dy[r + 2, k0:k1], dy[r + 3, k0:k1]
+    g4, g5, g6, g7 = dy[r + 4, k0:k1], dy[r + 5, k0:k1], dy[r + 6, k0:k1], dy[r + 7, k0:k1]
+    for k in range(mean.size):
+        m = mean[k]
+        a, b, c, d = _up(g0[k]), _up(g1[k]), _up(g2[k]), _up(g3[k])
+        e, f, g, h = _up(g4[k]), _up(g5[k]), _up(g6[k]), _up(g7[k])
+        s[k] += np.float64(((a + b) + (c + d)) + ((e + f) + (g + h)))
+        first = (a * (_up(x0[k]) - m) + b * (_up(x1[k]) - m)) + (
+            c * (_up(x2[k]) - m) + d * (_up(x3[k]) - m)
+        )
+        second = (e * (_up(x4[k]) - m) + f * (_up(x5[k]) - m)) + (
+            g * (_up(x6[k]) - m) + h * (_up(x7[k]) - m)
+        )
+        q[k] += np.float64(first + second)
+
+
 @_jit
-def _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out):
+def _panel_gradient_sums(dy, x, g, mask, mean, repeat, size, r0, r1, c0, c1, out):
+    """Also write the masked dy to g, which without a mask is dy."""
     k0, k1 = _panel_columns(x, repeat, size, c0, c1)
     width = k1 - k0
-    mean, s, q = np.empty(width), np.zeros(width), np.zeros(width)
-    _spread(stats[0], repeat, size, c0, c1, mean)
-    if mask.size == 0:
-        for r in range(r0, r1):
-            xr, gr = x[r, k0:k1], dy[r, k0:k1]
+    middle, s, q = np.empty(width, mean.dtype), np.zeros(width), np.zeros(width)
+    _spread(mean, repeat, size, c0, c1, middle)
+    groups = mask.shape[0]
+    for r in range(r0, r1, 8):
+        end = min(r + 8, r1)
+        if mask.size:
+            for i in range(r, end):
+                bit, j = divmod(i, groups)
+                _apply_mask(dy[i, k0:k1], mask[j, k0:k1], bit, g[i, k0:k1])
+        if end - r == 8:
+            _eight_gradient_sums(g, x, r, k0, middle, s, q)
+            continue
+        for i in range(r, end):
+            gi, xi = g[i, k0:k1], x[i, k0:k1]
             for k in range(width):
-                g = np.float64(_up(gr[k]))
-                s[k] += g
-                q[k] += g * (np.float64(_up(xr[k])) - mean[k])
-    else:
-        rows, groups = x.shape[0], mask.shape[0]
-        for j in range(r0, r1):
-            m = mask[j, k0:k1]
-            for bit in range(8):
-                r = bit * groups + j
-                if r >= rows:
-                    break
-                one = np.uint8(1 << bit)
-                xr, gr = x[r, k0:k1], dy[r, k0:k1]
-                for k in range(width):
-                    g = np.float64(_up(gr[k])) if m[k] & one else 0.0
-                    s[k] += g
-                    q[k] += g * (np.float64(_up(xr[k])) - mean[k])
+                s[k] += np.float64(_up(gi[k]))
+                q[k] += np.float64(_up(gi[k]) * (_up(xi[k]) - middle[k]))
     _collect(s, repeat, size, c0, c1, out[0])
     _collect(q, repeat, size, c0, c1, out[1])
 
 
 @_jit
 def _panel_gradient(
-    dy, x, dx, dresidual, mask, weight, stats, sums, count, repeat, size, r0, r1, c0, c1
+    dy, x, dx, in_place, weight, mean, inv_std, sums, count, repeat, size, r0, r1, c0, c1
 ):
     k0, k1 = _panel_columns(x, repeat, size, c0, c1)
-    factors = np.empty((3, weight.size), stats.dtype)
+    factors = np.empty((3, c1), mean.dtype)
     for ch in range(c0, c1):
         factors[0, ch], factors[1, ch], factors[2, ch] = _coefficients(
-            ch, weight, stats, sums, count
+            ch, weight, inv_std, sums, count
         )
-    a, b, c, mean = np.empty((4, k1 - k0), stats.dtype)
+    a, b, c, middle = np.empty((4, k1 - k0), mean.dtype)
     _spread(factors[0], repeat, size, c0, c1, a)
     _spread(factors[1], repeat, size, c0, c1, b)
     _spread(factors[2], repeat, size, c0, c1, c)
-    _spread(stats[0], repeat, size, c0, c1, mean)
-    zero = type(stats[0, 0])(0)
-    if mask.size == 0:
-        for r in range(r0, r1):
-            xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
+    _spread(mean, repeat, size, c0, c1, middle)
+    for r in range(r0, r1):
+        xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
+        if in_place:  # as in _row_gradient
             for k in range(xr.size):
-                dr[k] = _down(dx, a[k] * _up(gr[k]) + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
-        return
-    rows, groups = x.shape[0], mask.shape[0]
-    for j in range(r0, r1):
-        m = mask[j, k0:k1]
-        for bit in range(8):
-            r = bit * groups + j
-            if r >= rows:
-                break
-            one = np.uint8(1 << bit)
-            xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
-            if dresidual.size:
-                res = dresidual[r, k0:k1]
-                for k in range(xr.size):
-                    g = _up(gr[k]) if m[k] & one else zero
-                    res[k] = _down(dx, g)
-                    dr[k] = _down(dx, a[k] * g + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
-            else:
-                for k in range(xr.size):
-                    g = _up(gr[k]) if m[k] & one else zero
-                    dr[k] = _down(dx, a[k] * g + (b[k] * (_up(xr[k]) - mean[k]) + c[k]))
+                dr[k] = _down(dx, a[k] * _up(dr[k]) + (b[k] * (_up(xr[k]) - middle[k]) + c[k]))
+        else:
+            for k in range(xr.size):
+                dr[k] = _down(dx, a[k] * _up(gr[k]) + (b[k] * (_up(xr[k]) - middle[k]) + c[k]))
 
 
 def _panel_backward(stored, number):
@@ -714,31 +698,32 @@ def _panel_backward(stored, number):
         a = numba.carray(p, _ARGUMENTS)
         measure, apply, count = a[1], a[2], a[4]
         blocks, splits, channels = a[5], a[6], a[7]
-        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[22], a[23]
-        none = (np.int64(1), np.int64(0))
+        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[23], a[24]
         dy = numba.carray(_pointer(a[12], stored), shape)
         x = numba.carray(_pointer(a[13], stored), shape)
         dx = numba.carray(_pointer(a[14], stored), shape)
-        dresidual = numba.carray(_pointer(a[15], stored), shape if a[15] else none)
+        g = numba.carray(_pointer(a[15], stored), shape)
         mask = numba.carray(_pointer(a[16], numba.uint8), mask_shape)
         weight = numba.carray(_pointer(a[17], number), channels)
-        stats = numba.carray(_pointer(a[18], number), (3, channels))
-        sums = numba.carray(_pointer(a[19], number), (2, channels))
-        partial = numba.carray(_pointer(a[20], numba.float64), (splits, 2, channels))
+        mean = numba.carray(_pointer(a[18], number), channels)
+        inv_std = numba.carray(_pointer(a[19], number), channels)
+        sums = numba.carray(_pointer(a[20], number), (2, channels))
+        partial = numba.carray(_pointer(a[21], numba.float64), (splits, 2, channels))
         while True:
             task = _take(p)
             if task >= blocks * splits:
                 break
             c0, c1 = _range(task // splits, blocks, channels)
-            r0, r1 = _range(task % splits, splits, mask_shape[0] if mask.size else shape[0])
-            if measure:
-                out = partial[task % splits]
-                _panel_gradient_sums(dy, x, mask, stats, repeat, size, r0, r1, c0, c1, out)
-                if splits == 1:
-                    _add_up(c0, c1, out, stats, sums)
+            r0, r1 = _range(task % splits, splits, shape[0])
+            out = partial[task % splits]
+            if measure or mask.size:
+                _panel_gradient_sums(dy, x, g, mask, mean, repeat, size, r0, r1, c0, c1, out)
+            if measure and splits == 1:
+                _add_up(c0, c1, out, inv_std, sums)
             if apply:
+                in_place = a[14] == a[15]
                 _panel_gradient(
-                    dy, x, dx, dresidual, mask, weight, stats, sums, count,
+                    g, x, dx, in_place, weight, mean, inv_std, sums, count,
                     repeat, size, r0, r1, c0, c1,
                 )  # fmt: skip
 
@@ -749,7 +734,8 @@ def _panel_backward(stored, number):
 
 # A kernel is a C function of one array of integers: the number of the next task, which every thread
 # that runs the kernel draws from, then flags, lengths and addresses.
-_ARGUMENTS = 24
+_ARGUMENTS = 25
+_Arguments = ctypes.c_int64 * _ARGUMENTS
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -820,7 +806,7 @@ def _start(make: Callable[..., Any], x: Tensor, arguments: Any) -> None:
 
 # --- what torch sees ------------------------------------------------------------------------------
 
-_SHORT = 256  # positions; rows shorter than this are better looked at as a panel
+_SHORT = 100  # positions; rows shorter than this are better looked at as a panel
 _WIDE = 1024  # columns, of which a panel's vectors fit into the L1 cache
 
 
@@ -879,8 +865,9 @@ def _vector(v: Tensor | None, default: float, like: Tensor) -> Tensor:
     """One value per channel, contiguous, of the dtype of ``like``."""
     if v is None:
         return torch.full(like.shape[-1:], default, dtype=like.dtype)
-    v = v.detach()
-    return v if v.dtype == like.dtype and v.is_contiguous() else v.to(like.dtype).contiguous()
+    if v.dtype == like.dtype and v.is_contiguous():
+        return v
+    return v.detach().to(like.dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
@@ -934,6 +921,8 @@ def _forward(
     mask: Tensor | None,
     measure: bool,
     apply: bool,
+    running: tuple[Tensor, ...] = (),
+    momentum: float = 0.0,
 ) -> Tensor | None:
     plan = _plan(x)
     x = _lay_out(x, plan)
@@ -946,18 +935,21 @@ def _forward(
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
     partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64) if measure else None
     whole = plan.splits == 1  # every task has all of its channels: measure and apply at once
-    arguments = (ctypes.c_int64 * _ARGUMENTS)(
+    moved = [_address(r) for r in running] or (0, 0)
+    arguments = _Arguments(
         0, measure, apply and (whole or not measure), relu, _bits_of(eps),
         plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
         x.data_ptr(), _address(residual), _address(y), _address(mask),
         weight.data_ptr(), bias.data_ptr(), stats.data_ptr(),
-        _address(partial), 0, 0, plan.repeat, plan.size,
+        _address(partial), _bits_of(momentum), *moved, plan.repeat, plan.size,
     )  # fmt: skip
     kernel = _panel_forward if plan.panel else _rows_forward
     _start(kernel, x, arguments)
     if partial is not None and not whole:
         rows = plan.shape[0]
-        _merge(partial.numpy(), rows, x.numel() // channels // rows, eps, stats.numpy())
+        moved = [r.numpy() for r in running] or [np.empty(0, stats.numpy().dtype)] * 2
+        per_row = x.numel() // channels // rows
+        _merge(partial.numpy(), rows, per_row, eps, momentum, stats.numpy(), *moved)
         if apply:
             arguments[1], arguments[2] = False, True
             _start(kernel, x, arguments)
@@ -1019,11 +1011,25 @@ def moments_and_normalize(
     residual: Tensor | None = None,
     relu: bool = False,
     mask: Tensor | None = None,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> tuple[Tensor, Moments, Tensor]:
-    """Return ``(y, Moments, inv_std)``: both steps of a channel while it is in the cache."""
+    """Return ``(y, Moments, inv_std)``: both steps of a channel while it is in the cache.
+
+    Running statistics, if given, are moved in place by ``momentum``.
+    """
     stats = _stats(x)
-    y = _forward(x, weight, bias, stats, eps, residual, relu, mask, True, True)
+    given = () if running_mean is None or running_var is None else (running_mean, running_var)
+    used = tuple(_vector(r, 0, stats) for r in given)
+    y = _forward(x, weight, bias, stats, eps, residual, relu, mask, True, True, used, momentum)
     assert y is not None
+    for to, at in zip(given, used, strict=True):
+        if to.data_ptr() != at.data_ptr():
+            to.copy_(at)  # of another dtype, or not contiguous
+        elif not to.is_inference():
+            torch.autograd.graph.increment_version(to)
     mean, m2, inv_std = stats.unbind()
     return y, Moments(_count(x), mean, m2), inv_std
 
@@ -1032,7 +1038,8 @@ def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    stats: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
     sums: Tensor,
     count: int,
     mask: Tensor | None,
@@ -1048,22 +1055,25 @@ def _backward(
             sums.zero_()
         return dx
     channels = x.shape[1]
-    weight = _vector(weight, 1, stats)
-    partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64) if measure else None
+    mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
+    partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64)
+    # The masked dy is written once, to where dx will be if nobody wants it.
+    g = dy if mask is None else dresidual if dresidual is not None else dx
+    g = empty_like(x) if g is None else g
     whole = plan.splits == 1
-    arguments = (ctypes.c_int64 * _ARGUMENTS)(
+    arguments = _Arguments(
         0, measure, apply and (whole or not measure), 0, count,
         plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
-        dy.data_ptr(), x.data_ptr(), _address(dx), _address(dresidual), _address(mask),
-        weight.data_ptr(), stats.data_ptr(), sums.data_ptr(),
-        _address(partial), 0, plan.repeat, plan.size,
+        dy.data_ptr(), x.data_ptr(), _address(dx), g.data_ptr(), _address(mask), weight.data_ptr(),
+        mean.data_ptr(), inv_std.data_ptr(), sums.data_ptr(),
+        partial.data_ptr(), 0, plan.repeat, plan.size,
     )  # fmt: skip
     kernel = _panel_backward if plan.panel else _rows_backward
     _start(kernel, x, arguments)
-    if partial is not None and not whole:
-        _add_up_all(partial.numpy(), stats.numpy(), sums.numpy())
+    if measure and not whole:
+        _add_up_all(partial.numpy(), inv_std.numpy(), sums.numpy())
         if apply:
-            arguments[1], arguments[2] = False, True
+            arguments[1], arguments[2], arguments[10], arguments[11] = False, True, 1, 0
             _start(kernel, x, arguments)
     return dx
 
@@ -1088,7 +1098,7 @@ def grad_sums(
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
     sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
-    _backward(dy, x, None, _stats(x, mean, inv_std), sums, 1, mask, None, True, False)
+    _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, True, False)
     first, second = sums.unbind()
     return first, second
 
@@ -1120,8 +1130,8 @@ def grad_input(
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
     sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
     sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
-    stats = _stats(x, mean, inv_std)
-    dx = _backward(dy, x, weight, stats, sums, max(count, 1), mask, dresidual, False, True)
+    count = max(count, 1)
+    dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, False, True)
     assert dx is not None
     return dx.movedim(1, channel_axis)
 
@@ -1139,8 +1149,8 @@ def grad_sums_and_input(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
     sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
-    stats = _stats(x, mean, inv_std)
-    dx = _backward(dy, x, weight, stats, sums, max(count, 1), mask, dresidual, True, True)
+    count = max(count, 1)
+    dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, True, True)
     assert dx is not None
     first, second = sums.unbind()
     return dx, first, second

@@ -454,6 +454,8 @@ def _plan(n: int, c: int, p: int, itemsize: int, reduce: bool) -> _Plan:
         bc = min(_power(c), tile // (bp * bn))
     while bn > 1 and bn * c * p >= 2**31:  # offsets inside a tile have 32 bits
         bn //= 2
+    while bc > 1 and bc * p >= 2**31:
+        bc //= 2
     channel_blocks = triton.cdiv(c, bc)
     tiles = triton.cdiv(n, bn) * triton.cdiv(p, bp)
     splits = min(tiles, _GRID)

@@ -1,0 +1,48 @@
+"""Links that need the repository's address: launch, edit, issues, canonical addresses.
+
+The address is known only where the book is published: GitHub Actions sets ``GITHUB_REPOSITORY``
+to ``owner/name``. Anywhere else the pages have none of these links, hence no dead one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+
+def settings(repository: str) -> tuple[str, dict]:
+    """The address of the pages and the theme's options for ``owner/name``."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"expected GITHUB_REPOSITORY as owner/name, got {repository!r}")
+    owner, name = repository.split("/")
+    pages = f"https://{owner.lower()}.github.io/"
+    if name.lower() != f"{owner.lower()}.github.io":
+        pages += f"{name}/"
+    return pages, {
+        "repository_url": f"https://github.com/{repository}",
+        "repository_branch": "main",
+        "path_to_docs": ".",
+        "use_repository_button": True,
+        "use_edit_page_button": True,
+        "use_issues_button": True,
+        "launch_buttons": {
+            "notebook_interface": "jupyterlab",
+            "binderhub_url": "https://mybinder.org",
+            "colab_url": "https://colab.research.google.com",
+        },
+    }
+
+
+def fill(app: Sphinx, config: Config) -> None:
+    repository = os.environ.get("GITHUB_REPOSITORY", "")
+    if repository:
+        config.html_baseurl, options = settings(repository)
+        config.html_theme_options = {**config.html_theme_options, **options}
+
+
+def setup(app: Sphinx) -> dict:
+    app.connect("config-inited", fill, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,268 @@
+"""What a reader's browser does with every page: light and dark, on a desk and on a telephone.
+
+Each gate is a function that takes an open page to a list of problems. It is applied to every page
+of the book, and to a page that was spoilt on purpose, where it must find one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from alt_text import alt_problem
+from axe_playwright_python.sync_playwright import Axe
+
+LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
+WIDTHS = (1280, 375)
+
+# axe looks at every node, and a chapter has tens of thousands of coloured words in code and boxes
+# in formulas. Of each kind, one in each sort of place is enough: the others become plain text.
+THIN = """() => {
+  const seen = new Set();
+  const place = (e) => e.closest(".highlight, .admonition, table, figure")?.className;
+  for (const span of document.querySelectorAll(".highlight pre span[class]")) {
+    const kind = span.className + "|" + place(span);
+    if (seen.has(kind)) span.replaceWith(...span.childNodes);
+    seen.add(kind);
+  }
+  for (const formula of document.querySelectorAll(".katex")) {
+    const kind = "katex|" + place(formula);
+    if (seen.has(kind)) formula.replaceChildren("x");
+    seen.add(kind);
+  }
+}"""
+
+
+class Visit:
+    """One page, opened in one theme at one width, with what it asked for and what it said."""
+
+    def __init__(self, browser, url, theme="light", width=1280):
+        self.context = browser.new_context(
+            color_scheme=theme, viewport={"width": width, "height": 800}
+        )
+        self.theme, self.width, self.requests, self.console = theme, width, [], []
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
+        self.page.on("console", self._heard)
+        self.page.goto(url, wait_until="load")
+        self.page.wait_for_timeout(100)
+
+    def _heard(self, message):
+        if message.type in ("error", "warning"):
+            self.console.append(message.text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.close()
+
+
+# --- The gates ------------------------------------------------------------------------------------
+
+
+def other_hosts(visit):
+    return [url for url in visit.requests if urlsplit(url).scheme not in ("file", "data", "blob")]
+
+
+def errors(visit):
+    return list(visit.console)
+
+
+def too_heavy(visit):
+    total = sum(
+        len(gzip.compress(path.read_bytes(), 6))
+        for url in set(visit.requests)
+        if urlsplit(url).scheme == "file" and (path := Path(unquote(urlsplit(url).path))).is_file()
+    )
+    return [f"{total / 1024:.0f} KB are loaded"] if total > LARGEST else []
+
+
+def overflow(visit):
+    width = visit.page.evaluate("document.documentElement.scrollWidth")
+    return [f"the page is {width} wide, the window {visit.width}"] if width > visit.width else []
+
+
+def pictures(visit):
+    """No real description, not loaded, no room reserved, or loaded before it is needed."""
+    found = visit.page.evaluate(
+        """async () => {
+          const all = [...document.querySelectorAll("main img")];
+          for (const image of all) {
+            image.dataset.far = image.getBoundingClientRect().top > 2 * innerHeight;
+            image.dataset.asked = image.loading === "lazy";
+            image.loading = "eager";
+          }
+          await Promise.all(all.map((image) => image.decode().catch(() => 0)));
+          return all.map((image) => ({
+            src: image.getAttribute("src"), alt: image.alt, loaded: image.naturalWidth > 0,
+            room: image.hasAttribute("width") && image.hasAttribute("height"),
+            late: image.dataset.far === "false" || image.dataset.asked === "true",
+          }));
+        }"""
+    )
+    problems = []
+    for image in found:
+        if problem := alt_problem(image["alt"], image["src"]):
+            problems.append(f"{image['src'][-30:]} {problem}")
+        problems += [
+            f"{image['src'][-30:]}: not {what}"
+            for what in ("loaded", "room", "late")
+            if not image[what]
+        ]
+    return problems
+
+
+def one_way_home(visit):
+    home = visit.page.locator("a.navbar-brand").first.get_attribute("href")
+    return [] if home else ["no link to the front page"]
+
+
+def inaccessible(visit):
+    """What axe finds; the dark theme differs from the light one in its colours alone."""
+    visit.page.evaluate(THIN)
+    options = {"preload": False}
+    if visit.theme == "dark":
+        options["runOnly"] = ["color-contrast", "link-in-text-block"]
+    report = Axe().run(visit.page, options=options).response
+    return [
+        f"{v['id']}: {v['nodes'][0]['target']} {v['nodes'][0]['html'][:90]}"
+        for v in report["violations"]
+    ]
+
+
+def inaccessible_in_the_dark(visit):
+    visit.theme = "dark"
+    return inaccessible(visit)
+
+
+GATES = (other_hosts, errors, too_heavy, overflow, one_way_home, pictures, inaccessible)
+
+
+def pages_of(site):
+    found = [p for p in sorted(site.rglob("*.html")) if "_static" not in p.parts]
+    return [p for p in found if 'http-equiv="Refresh"' not in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_page(site, browser, theme, width):
+    problems = {}
+    for path in pages_of(site):
+        with Visit(browser, path.as_uri(), theme, width) as visit:
+            shown = visit.page.evaluate("document.documentElement.dataset.theme")
+            assert shown == theme
+            if found := [problem for gate in GATES for problem in gate(visit)]:
+                problems[path.relative_to(site).as_posix()] = found
+    assert problems == {}
+
+
+# --- Each gate can fail ---------------------------------------------------------------------------
+
+HEAVY = "".join(f"<!-- {i * 7919 % 100003:x} {i * 104729 % 999983:x} -->" for i in range(60_000))
+
+
+@pytest.mark.parametrize(
+    ("gate", "spoil"),
+    [
+        (other_hosts, "<img alt='' src='https://example.invalid/x.png'>"),
+        (errors, "<script>undefinedFunction()</script>"),
+        (errors, "<script>console.error('no')</script>"),
+        (too_heavy, HEAVY),
+        (overflow, "<div style='width: 2000px; height: 1px'></div>"),
+        (pictures, "<img src='../_static/minus.png' width=1 height=1 alt='figure.png'>"),
+        (pictures, "<img src='missing.png' width=1 height=1 alt='A picture that is not there.'>"),
+        (pictures, "<img src='../_static/minus.png' alt='A picture without its own size.'>"),
+        (inaccessible, "<button></button>"),
+        (inaccessible, "<p style='color: #aaa; background: #fff'>too pale</p>"),
+        (inaccessible_in_the_dark, "<p style='color: #444; background: #222'>too dark</p>"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_gate_can_fail(site, browser, gate, spoil):
+    plain = site / "book" / "glossary.html"
+    html = plain.read_text(encoding="utf-8")
+    spoilt = plain.with_name("spoilt.html")
+    spoilt.write_text(re.sub(r"(<article[^>]*>)", lambda m: m[1] + spoil, html, count=1))
+    try:
+        with Visit(browser, plain.as_uri()) as visit:
+            assert gate(visit) == []
+        with Visit(browser, spoilt.as_uri()) as visit:
+            assert gate(visit)
+    finally:
+        spoilt.unlink()
+
+
+# --- What readers do ------------------------------------------------------------------------------
+
+
+def test_keyboard_sees_where_it_is(site, browser):
+    """Every stop of the Tab key on the first screen has a visible outline; the first skips."""
+    with Visit(browser, (site / "book" / "glossary.html").as_uri()) as visit:
+        stops = []
+        for _ in range(25):
+            visit.page.keyboard.press("Tab")
+            stops.append(
+                visit.page.evaluate(
+                    """() => {
+                      const e = document.activeElement, s = getComputedStyle(e);
+                      return [e.textContent.trim().slice(0, 20), s.outlineStyle, s.outlineWidth];
+                    }"""
+                )
+            )
+        assert stops[0][0] == "Skip to main content"
+        # The skip link is its own sign: it appears when it has the focus.
+        others = [stop for stop in stops if stop[0] != stops[0][0]]
+        assert len(others) > 15
+        assert [s for s in others if s[1] == "none" or s[2] == "0px"] == []
+
+
+def test_search_finds_names_and_words(site, browser):
+    for word, page in (("per_channel", "api"), ("Bessel", "glossary"), ("reduction_axes", "api")):
+        with Visit(browser, f"{(site / 'search.html').as_uri()}?q={word}") as visit:
+            visit.page.wait_for_selector("#search-results li a")
+            links = visit.page.locator("#search-results li a").evaluate_all(
+                "all => all.map(a => a.getAttribute('href'))"
+            )
+            assert any(page in link for link in links), (word, links)
+            assert errors(visit) == []
+
+
+def test_dark_mode_switch_is_kept(site, browser):
+    with Visit(browser, (site / "book" / "glossary.html").as_uri()) as visit:
+        seen = set()
+        for _ in range(3):
+            visit.page.click(".theme-switch-button")
+            seen.add(visit.page.evaluate("document.documentElement.dataset.mode"))
+        assert seen == {"light", "dark", "auto"}
+        assert errors(visit) == []
+
+
+def test_folded_solution_opens_by_keyboard(site, browser):
+    chapter = site / "book" / "axes" / "which-axes.html"
+    with Visit(browser, chapter.as_uri()) as visit:
+        button = visit.page.locator(".solution .toggle-button").first
+        assert button.get_attribute("aria-expanded") == "false"
+        button.focus()
+        visit.page.keyboard.press("Enter")
+        assert button.get_attribute("aria-expanded") == "true"
+
+
+def test_print_has_no_furniture(site, browser):
+    chapter = site / "book" / "axes" / "which-axes.html"
+    with Visit(browser, chapter.as_uri(), theme="dark") as visit:
+        visit.page.emulate_media(media="print")
+        for hidden in (".bd-sidebar-primary", ".bd-header-article", "button.copybtn"):
+            assert not visit.page.locator(hidden).first.is_visible(), hidden
+        wide = visit.page.evaluate(
+            """() => [...document.querySelectorAll("article pre")]
+              .filter(e => e.scrollWidth > e.clientWidth + 1)
+              .filter(e => getComputedStyle(e).whiteSpace === "pre")
+              .length"""
+        )
+        assert wide == 0

@@ -1,0 +1,165 @@
+"""The pages beyond their text: addresses, descriptions, lean files, and the zip."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import zipfile
+from pathlib import Path
+
+import lean_pages
+import pytest
+from bs4 import BeautifulSoup
+from describe import LONGEST, shorten
+from repository import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("offline", ROOT / "tools" / "offline.py")
+offline = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(offline)
+
+
+def soup(path):
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+# --- Addresses ------------------------------------------------------------------------------------
+
+
+def test_address_of_the_pages():
+    assert settings("Some-One/a.book")[0] == "https://some-one.github.io/a.book/"
+    assert settings("one/one.github.io")[0] == "https://one.github.io/"
+    assert settings("a/b")[1]["repository_url"] == "https://github.com/a/b"
+    for wrong in ("a", "a/b/c", "a b/c", "https://github.com/a/b"):
+        with pytest.raises(ValueError, match="owner/name"):
+            settings(wrong)
+
+
+def test_without_an_address_there_is_no_such_link(site):
+    chapter = soup(site / "book" / "axes" / "which-axes.html")
+    assert not chapter.select(
+        "link[rel=canonical], .dropdown-launch-buttons, .btn-source-issues-button"
+    )
+    assert not [a["href"] for a in chapter.select("a[href*='github.com//'], a[href*='/edit/']")]
+    assert not (site / "sitemap.xml").exists()
+
+
+# --- Descriptions ---------------------------------------------------------------------------------
+
+
+def test_descriptions_are_plain_and_all_different(site):
+    found = {}
+    for page in (site / "book").rglob("*.html"):
+        html = soup(page)
+        (text,) = [m["content"] for m in html.select("meta[name=description]")]
+        assert 30 < len(text) <= LONGEST + 40, (page.name, text)
+        assert not re.search(r"[\\$<>]|\{", text), (page.name, text)
+        assert html.select_one("meta[property='og:title']")["content"]
+        found[page.name] = text
+    assert len(set(found.values())) == len(found), found
+
+
+def test_long_description_ends_at_a_word():
+    text = shorten("word " * 100)
+    assert len(text) <= LONGEST and text.endswith("word\u2026")
+    assert shorten("short") == "short"
+
+
+# --- Lean files -----------------------------------------------------------------------------------
+
+
+def test_purge_keeps_what_can_match_and_nothing_else():
+    css = """@charset "utf-8"; /* .c { } */ .a, .b > p { color: red } .gone { x: y }
+      a[href=".zip"]:hover::after { content: "{;}" }  .a:not(.gone) { top: 0 }
+      @media print { .b { top: 1px } .gone { top: 2px } } @media screen { .gone { top: 0 } }
+      @font-face { font-family: F; src: url(f.woff2) } .a:is(.x, .y) { left: 0 }"""
+    kept = lean_pages.squeeze(lean_pages.purge(css, {"a"}))
+    assert ".a{color: red}" in kept
+    assert 'content: "{;}"' in kept and ":not(.gone)" in kept and ".a:is(.x,.y)" in kept
+    assert "@font-face" in kept
+    assert ".b" not in kept and "@media" not in kept and ".gone{" not in kept
+
+
+def test_unused_variables_go_and_used_ones_stay():
+    css = ":root{--a:1px;--b:var(--c);--c:2px;--d:3px}p{top:var(--a)}"
+    left = lean_pages.drop_unused_variables(css, "getPropertyValue('--d')")
+    assert "--a:1px" in left and "--d:3px" in left
+    assert "--b" not in left and "--c" not in left
+
+
+def test_one_style_sheet_one_script_and_few_files(site):
+    page = soup(site / "book" / "axes" / "which-axes.html")
+    assert len(page.select("link[rel=stylesheet]")) == 1
+    assert len(page.select("script[src]")) == 1
+    assert len(page.select("meta[name=viewport]")) == 1
+    names = {p.name for p in (site / "_static").rglob("*")}
+    assert not [n for n in names if "fontawesome" in n or n.endswith((".map", ".ttf"))]
+
+
+def test_pictures_are_the_same_pixel_for_pixel(site, tmp_path):
+    from PIL import Image, ImageChops
+
+    source = ROOT / "book" / "_static" / "axis-block.png"
+    made = next((site / "_images").glob("axis-block.webp"))
+    with Image.open(source) as a, Image.open(made) as b:
+        flat = [
+            Image.alpha_composite(Image.new("RGBA", i.size, "white"), i.convert("RGBA"))
+            for i in (a, b)
+        ]
+    assert ImageChops.difference(*flat).getbbox() is None
+    assert made.stat().st_size < source.stat().st_size
+
+
+def test_icons_have_their_glyphs(site):
+    """An icon whose glyph is missing from the subset is an empty box, which no other test sees."""
+    (style,) = (site / "_static").glob("book.*.css")
+    css = style.read_text(encoding="utf-8")
+    import base64
+    import io
+
+    from fontTools.ttLib import TTFont
+
+    glyphs = set()
+    for data in re.findall(r"data:font/woff2;base64,([A-Za-z0-9+/=]+)", css):
+        glyphs |= set(TTFont(io.BytesIO(base64.b64decode(data))).getBestCmap())
+    assert 10 < len(glyphs) < 120
+    used = set()
+    for page in site.rglob("*.html"):
+        used.update(
+            re.findall(r"\bfa-[a-z-]+", " ".join(re.findall(r'class="([^"]*)"', page.read_text())))
+        )
+    used -= {"fa-solid", "fa-regular", "fa-brands", "fa-lg"}
+    assert {"fa-bars", "fa-download", "fa-magnifying-glass"} <= used
+    for name in used:
+        code = re.search(rf'\.{name}:before[^{{]*\{{content:\s*"\\([0-9a-f]+)"', css)
+        assert code and int(code[1], 16) in glyphs, name
+
+
+# --- The zip --------------------------------------------------------------------------------------
+
+
+def test_zip_opens_without_a_server(site, browser, tmp_path):
+    target = tmp_path / "book.zip"
+    offline.pack(site, target)
+    first = target.read_bytes()
+    offline.pack(site, target)
+    assert target.read_bytes() == first
+    with zipfile.ZipFile(target) as archive:
+        archive.extractall(tmp_path)
+    page = browser.new_page()
+    asked, problems = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto((tmp_path / offline.NAME / "index.html").as_uri())
+    page.wait_for_url("**/intro.html")
+    page.click("nav.bd-docs-nav a:has-text('Which axes?')")
+    page.wait_for_url("**/which-axes.html")
+    assert page.locator("article h1").inner_text().startswith("1. Which axes?")
+    assert problems == []
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+    page.close()
+
+
+def test_zip_needs_a_built_book(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"index\.html"):
+        offline.pack(tmp_path, tmp_path / "x.zip")
