@@ -205,3 +205,13 @@ def test_supports():
     assert not cpu.supports(x.to_sparse())
     assert not cpu.supports(x.as_subclass(Own))
     assert not cpu.supports(x.long())
+
+
+def test_another_default_device_does_not_reach_the_kernels():
+    """Their buffers lie where the input lies; a buffer elsewhere would be a wild pointer."""
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.batch_norm(x, None, None, training=True)
+    with torch.device("meta"):
+        y = batch_norm(x, None, None, training=True, backend="cpu")
+        y.sum().backward()
+    torch.testing.assert_close(y, expected)

@@ -827,7 +827,7 @@ class _Plan(NamedTuple):
 def _cut(lanes: bool, samples: int, channels: int, size: int) -> _Plan:
     if lanes:
         rows, repeat = samples * size, 1
-        while 2 * repeat * channels <= _WIDE // 2 and rows % (16 * repeat) == 0:
+        while channels and 2 * repeat * channels <= _WIDE // 2 and rows % (16 * repeat) == 0:
             repeat *= 2
         rows //= repeat
         blocks = -(-channels // _WIDE)
@@ -864,7 +864,7 @@ def _lay_out(t: Tensor, plan: _Plan) -> Tensor:
 def _vector(v: Tensor | None, default: float, like: Tensor) -> Tensor:
     """One value per channel, contiguous, of the dtype of ``like``."""
     if v is None:
-        return torch.full(like.shape[-1:], default, dtype=like.dtype)
+        return torch.full(like.shape[-1:], default, dtype=like.dtype, device=like.device)
     if v.dtype == like.dtype and v.is_contiguous():
         return v
     return v.detach().to(like.dtype).contiguous()
@@ -904,7 +904,7 @@ _madvise = _find_madvise()
 
 def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> Tensor:
     """Rows mean, m2 and inv_std."""
-    stats = torch.empty((3, x.shape[1]), dtype=_number_dtype(x))
+    stats = torch.empty((3, x.shape[1]), dtype=_number_dtype(x), device=x.device)
     if mean is not None and inv_std is not None:
         stats[0], stats[2] = mean.detach(), inv_std.detach()
     return stats
@@ -933,7 +933,8 @@ def _forward(
     residual = None if residual is None else _lay_out(residual, plan)
     channels = x.shape[1]
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
-    partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64) if measure else None
+    size = (plan.splits, 2, channels)
+    partial = torch.empty(size, dtype=torch.float64, device=x.device) if measure else None
     whole = plan.splits == 1  # every task has all of its channels: measure and apply at once
     moved = [_address(r) for r in running] or (0, 0)
     arguments = _Arguments(
@@ -1056,7 +1057,8 @@ def _backward(
         return dx
     channels = x.shape[1]
     mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
-    partial = torch.empty((plan.splits, 2, channels), dtype=torch.float64)
+    size = (plan.splits, 2, channels)
+    partial = torch.empty(size, dtype=torch.float64, device=x.device)
     # The masked dy is written once, to where dx will be if nobody wants it.
     g = dy if mask is None else dresidual if dresidual is not None else dx
     g = empty_like(x) if g is None else g
@@ -1097,7 +1099,7 @@ def grad_sums(
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
+    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
     _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, True, False)
     first, second = sums.unbind()
     return first, second
@@ -1128,7 +1130,7 @@ def grad_input(
         Tensor of the shape, dtype and memory format of ``x``.
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
+    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
     sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
     count = max(count, 1)
     dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, False, True)
@@ -1148,7 +1150,7 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x))
+    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
     count = max(count, 1)
     dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, True, True)
     assert dx is not None
