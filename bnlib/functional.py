@@ -298,10 +298,10 @@ def _torch_is_as_good(
     activation: str | None,
 ) -> bool:
     """Whether to leave an evaluation to torch, whose derivatives are right where nothing depends
-    on the batch: it is one pass there too, and starts sooner. Large outputs go faster on the huge
-    pages of our kernels.
+    on the batch: it is one pass there too, and starts sooner. Outputs of 32 MB and more go faster
+    on the huge pages of our kernels (book/data/cpu.csv).
     """
-    small = x.device.type != "cpu" or x.nbytes < 1 << 23
+    small = x.device.type != "cpu" or x.nbytes < 1 << 25
     return (
         small
         and residual is None
