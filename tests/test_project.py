@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import doctest
+import math
 import re
 import subprocess
 import sys
@@ -201,3 +203,26 @@ def test_everything_that_is_needed_is_pinned():
     pinned = {canonicalize_name(x.split("==")[0]) for x in lines if x and not x.startswith("#")}
     assert unpinned(pinned, installed_requires) == []
     assert unpinned(pinned - {"markupsafe"}, installed_requires) == ["markupsafe, for jinja2"]
+
+
+def ratios(rows, layout, batch, operation):
+    """What a cell of the README's table says: geometric mean (worst)."""
+    found = [
+        float(row["eager_ratio"])
+        for row in rows
+        if (row["layout"], row["batch"], row["operation"]) == (layout, batch, operation)
+        and (row["threads"], row["huge_pages"]) == ("1", "0")
+    ]
+    assert len(found) == 12
+    return f"{math.exp(sum(map(math.log, found)) / 12):.2f} ({min(found):.2f})"
+
+
+def test_readme_quotes_the_measured_ratios():
+    with (ROOT / "book" / "data" / "cpu.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    operations = ["forward", "forward+backward", "forward+backward, add, ReLU"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, layout in (("NCHW", "contiguous"), ("channels_last", "channels_last")):
+        for batch in ("32", "8"):
+            cells = [ratios(rows, layout, batch, operation) for operation in operations]
+            assert " | ".join([f"| {name}", batch, *cells]) + " |" in readme

@@ -948,9 +948,9 @@ def _forward(
     _start(kernel, x, arguments)
     if partial is not None and not whole:
         rows = plan.shape[0]
-        moved = [r.numpy() for r in running] or [np.empty(0, stats.numpy().dtype)] * 2
+        arrays = [r.numpy() for r in running] or [np.empty(0, stats.numpy().dtype)] * 2
         per_row = x.numel() // channels // rows
-        _merge(partial.numpy(), rows, per_row, eps, momentum, stats.numpy(), *moved)
+        _merge(partial.numpy(), rows, per_row, eps, momentum, stats.numpy(), *arrays)
         if apply:
             arguments[1], arguments[2] = False, True
             _start(kernel, x, arguments)
