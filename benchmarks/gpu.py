@@ -4,9 +4,11 @@ One command, under eight minutes, no network, from a bare checkout:
 
     python benchmarks/gpu.py
 
-It needs torch with CUDA, triton, NumPy and array-api-compat, and prints what is missing. It writes
-book/data/gpu.csv (``--out`` for another file), one row per measurement, and prints the rest: the
-copy and read bandwidths, determinism, which kernels ran, peak memory, and a summary.
+It needs four packages that this Python can import: torch (with CUDA), triton, numpy and
+array-api-compat; it says which are missing. It writes book/data/gpu.csv (``--out`` for another
+file), one row per measurement, as they are made, and prints the rest: the copy and read bandwidths,
+determinism, which kernels ran, peak memory, a summary against what is wanted of the kernels, every
+wish that is not met, and the name of everything that there was no time to measure.
 
 ``--dry-run`` goes through all of it on the CPU with tiny shapes, the kernels in Triton's
 interpreter; its times mean nothing, and it writes only where ``--out`` says.
@@ -20,22 +22,33 @@ The floor of an operation is the time to copy as many bytes as it must move, at 
 copy in the same run. A tensor that exceeds the L2 cache must be read once for the statistics and
 once again to be normalised; one that fits must be read once.
 
+torch.compile compiles for every shape anew, since code for all shapes is slower. That takes seconds
+each: other processes do it in advance, during the correctness pass, and leave the result in a cache
+on the disk; what they choose by timing is forgotten, and chosen again undisturbed.
+
+The most wanted comes first: forward and backward of training, alone and with addition and ReLU, of
+all implementations and shapes. Then the other operations, then more of the whole network.
+
 Two kinds of rows are different: "bandwidth" is the time for 10⁹ bytes (copied: read plus written),
-and "resnet50_step" is the wall time of a training step of the whole network under autocast, the
-host's part included, with no floor.
+and "resnet50_step" is the wall time of a training step of the whole network, in float32 or under
+autocast to bfloat16, the host's part included, with no floor.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import csv
 import datetime
 import itertools
 import math
+import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -48,7 +61,7 @@ COLUMNS += ("n", "c", "h", "w", "impl", "median_us", "floor_us")
 RESNET50 = {(64, 112): 1, (64, 56): 6, (256, 56): 4, (128, 56): 1, (128, 28): 7, (512, 28): 5}
 RESNET50 |= {(256, 28): 1, (256, 14): 11, (1024, 14): 7, (512, 14): 1, (512, 7): 5, (2048, 7): 4}
 BATCHES = (256, 32)
-LAYOUTS = ("contiguous", "channels_last")
+LAYOUTS = ("NCHW", "channels_last")
 OPS = (
     "train_fwd",
     "train_bwd",
@@ -68,6 +81,12 @@ PASSES = {
     "add_relu_bwd": (6, 4, 1),
     "add_relu_fwd_bwd": (10, 7, 2),
 }
+WANTED_OPS = ("train_fwd_bwd", "add_relu_fwd_bwd")
+# The least geometric mean of (time of the other) / (time of bnlib).
+WANTED = {("train_fwd_bwd", "eager"): 1.2, ("add_relu_fwd_bwd", "eager"): 1.5}
+WANTED |= {("add_relu_fwd_bwd", "compile"): 1.0}
+WANTED_FLOOR, LARGE = 0.8, 100e6  # the least share of the floor, for tensors of so many bytes
+WANTED_ANYWHERE = 1 / 1.05  # the least ratio to eager, for any shape
 ROUNDS = 9
 EPS = 1e-5
 
@@ -78,11 +97,23 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="the CSV file (default: book/data/gpu.csv)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--seconds", type=float, default=420, help="start nothing new after this")
+    parser.add_argument("--seconds", type=float, default=430, help="start nothing new after this")
     parser.add_argument(
-        "--compile-seconds", type=float, default=120, help="the part of it for torch.compile"
+        "--ahead-seconds",
+        type=float,
+        default=110,
+        help="until when other processes compile ahead (0: they do not)",
     )
-    parser.add_argument("--machine", default="", help="what to call the machine in the CSV")
+    parser.add_argument(
+        "--compile-seconds",
+        type=float,
+        default=150,
+        help="how long torch.compile may take in this process, besides",
+    )
+    parser.add_argument(
+        "--machine",
+        help="what to call the machine in the CSV (default: the GPU's name and the CPU's cores)",
+    )
     return parser.parse_args()
 
 
@@ -109,7 +140,19 @@ def import_or_explain(dry_run: bool) -> None:
         sys.exit("benchmarks/gpu.py: torch finds no CUDA device (--dry-run does without)")
 
 
+def own_caches() -> None:
+    """Let this run and the processes that compile ahead share empty caches of compiled code."""
+    if __name__ == "__mp_main__":  # one of those processes
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+        return
+    folder = tempfile.mkdtemp(prefix="bnlib-gpu-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
+
+
 ARGS = parse()
+own_caches()
 import_or_explain(ARGS.dry_run)
 
 import torch  # noqa: E402
@@ -117,9 +160,11 @@ import triton  # noqa: E402
 
 import bnlib.nn  # noqa: E402
 from bnlib import functional, reference  # noqa: E402
+from bnlib.kernels import gpu  # noqa: E402
 
 DEVICE = "cpu" if ARGS.dry_run else "cuda"
 START = time.perf_counter()
+RESNET50_BATCH = (2, 32) if ARGS.dry_run else (128, 224)  # images, height and width
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -159,10 +204,8 @@ def layer_copy(x, w, b, stats, training, residual):
     return x.detach().clone()
 
 
-LAYERS = {"bnlib": layer_bnlib, "eager": layer_eager, "copy": layer_copy}
-if not ARGS.dry_run:
-    LAYERS["eager_nocudnn"] = layer_eager_nocudnn
-    LAYERS["compile"] = layer_eager  # compiled for every configuration, see compiled_layer
+LAYERS = {"bnlib": layer_bnlib, "eager": layer_eager, "eager_nocudnn": layer_eager_nocudnn}
+LAYERS |= {"compile": layer_eager, "copy": layer_copy}  # compiled for every kind of tensor
 
 
 class Inputs:
@@ -182,13 +225,14 @@ class Inputs:
         self.b = torch.rand(c, device=DEVICE, generator=generator).requires_grad_()
         self.stats = [torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE)]
 
-    def forward(self, layer, op):
+    def forward(self, layer, op, stats=None):
+        stats = self.stats if stats is None else stats
         training = op != "eval"
         residual = self.residual if op.startswith("add") else None
         if op == "eval":
             with torch.no_grad():
-                return layer(self.x, self.w, self.b, self.stats, training, residual)
-        return layer(self.x, self.w, self.b, self.stats, training, residual)
+                return layer(self.x, self.w, self.b, stats, training, residual)
+        return layer(self.x, self.w, self.b, stats, training, residual)
 
     def backward(self, y, op, retain=False):
         leaves = [self.x, self.w, self.b] + [self.residual] * op.startswith("add")
@@ -201,7 +245,8 @@ def call(name, layer, inputs, op):
         return lambda: inputs.forward(layer, op)
     if op.endswith("fwd_bwd"):
         return lambda: inputs.backward(inputs.forward(layer, op), op)
-    y = inputs.forward(layer, op)
+    # Running statistics of its own: torch's backward refuses those that another forward has moved.
+    y = inputs.forward(layer, op, [v.clone() for v in inputs.stats])
     return lambda: inputs.backward(y, op, retain=True)
 
 
@@ -223,7 +268,7 @@ def time_in_turns(calls):
                 times[name].append(1e6 * (time.perf_counter() - start))
             continue
         events = {}
-        torch.cuda._sleep(8_000_000)  # cycles: 4 ms or more, for the host to queue what follows
+        torch.cuda._sleep(5_000_000)  # cycles: 2.5 ms or more, for the host to queue what follows
         for name, functions in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -262,10 +307,85 @@ def floor_us(op, numel, itemsize, bytes_per_us):
     return (passes * size + mask * numel / 8) / bytes_per_us
 
 
-def compiled_layer():
+def compiled(function, **options):
+    """torch.compile, for one shape and dtype; what was compiled before is forgotten."""
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False  # the backward is timed again and again
-    return torch.compile(layer_eager, fullgraph=True, dynamic=False)
+    backend = "aot_eager" if ARGS.dry_run else "inductor"
+    return torch.compile(function, dynamic=False, backend=backend, **options)
+
+
+# --- Compiling ahead, in other processes ----------------------------------------------------------
+
+
+def compile_ahead():
+    """Start it; return a function that waits for the end, or for the time to be over."""
+    if ARGS.dry_run or ARGS.ahead_seconds <= 0:
+        return lambda until=0: None
+    memory = torch.cuda.get_device_properties(0).total_memory
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 3, memory // (10 << 30)))
+    pool = multiprocessing.get_context("spawn").Pool(workers)
+    jobs = [(step_ahead, (layout,)) for layout in LAYOUTS]
+    jobs += [(layer_ahead, (case, WANTED_OPS)) for case in cases()]
+    jobs += [(layer_ahead, (case, ("eval",))) for case in cases()]
+    results = [pool.apply_async(*job) for job in jobs]
+
+    def finish(until=ARGS.ahead_seconds):
+        while elapsed() < until and not all(r.ready() for r in results):
+            time.sleep(0.2)
+        done = [r for r in results if r.ready()]
+        errors = [error for error in (r.get() for r in done if r.successful()) if error]
+        errors += ["did not run" for r in done if not r.successful()]
+        pool.terminate()
+        pool.join()
+        # What was chosen by timing while others used the GPU is not to be trusted.
+        for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
+            path.unlink(missing_ok=True)
+        say(
+            f"{workers} processes compiled ahead: {len(done) - len(errors)} of {len(jobs)} jobs"
+            + "".join(f"\n  failed: {error}" for error in sorted(set(errors))[:5])
+        )
+
+    return finish
+
+
+def layer_ahead(case, ops):
+    """Leave in the cache what one kind of tensor needs; return None, or what went wrong."""
+    torch.set_num_threads(1)
+    try:
+        (c, h), dtype, layout, n = case
+        inputs = Inputs(n, c, h, DTYPES[dtype], layout, seed=0)
+        compiled_layer = compiled(layer_eager, fullgraph=True)
+        for op in ops:
+            for layer in (compiled_layer, layer_bnlib):
+                call("", layer, inputs, op)()
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        inputs = None
+        torch.cuda.empty_cache()
+
+
+def step_ahead(layout):
+    torch.set_num_threads(1)
+    try:
+        resnet50_step("compile", layout, "bfloat16")()
+        return None
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+
+
+def cases():
+    """((C, H), dtype, layout, N) of every kind of tensor; shapes that differ most come first."""
+    if ARGS.dry_run:
+        return list(itertools.product([(6, 7)], ["float32"], LAYOUTS, [4]))
+    first = [(256, 56), (2048, 7), (64, 112), (512, 28), (1024, 14)]
+    shapes = first + [shape for shape in RESNET50 if shape not in first]
+    return list(itertools.product(shapes, DTYPES, LAYOUTS, BATCHES))
 
 
 # --- Are they right? ------------------------------------------------------------------------------
@@ -355,83 +475,284 @@ def check_determinism():
     say("the same input gives the same bits, every time")
 
 
-def check_graph():
-    """The layer inside a CUDA graph, replayed with other data."""
-    if DEVICE == "cpu":
+def near(what, got, expected, limit):
+    """Exit if ``got`` is farther from float64 than ``limit``, relative to the norm."""
+    error = (got.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    if got.shape != expected.shape or not error <= limit:
+        sys.exit(f"WRONG: {what}: relative error {error:.3g}, at most {limit:.3g} expected")
+
+
+def near_mean(what, got, expected, limit):
+    """The same for means of data of deviation 1, which may happen to be next to 0."""
+    near(what, got.double() + 1, expected + 1, limit)
+
+
+def small(seed, dtype=torch.float32, layout="NCHW"):
+    return Inputs(*((4, 6, 7) if ARGS.dry_run else (32, 64, 56)), dtype, layout, seed)
+
+
+def check_primitives():
+    """The four primitives and the mask, one by one, with statistics that are not the batch's."""
+    limits = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+    for (name, dtype), layout in itertools.product(DTYPES.items(), LAYOUTS):
+        inputs = small(3, dtype, layout)
+        x, r, dy, w, b = (
+            t.detach() for t in (inputs.x, inputs.residual, inputs.dy, inputs.w, inputs.b)
+        )
+        xd, rd, dyd, wd, bd = (t.double() for t in (x, r, dy, w, b))
+        what, limit = f"{name} {layout}", limits[dtype]
+        for offset in (0.0, 1000.0) if dtype == torch.float32 else (0.0,):
+            got, expected = gpu.moments(x + offset), reference.moments((x + offset).double())
+            if got.count != expected.count:
+                sys.exit(f"WRONG: moments {what}: count {got.count}, not {expected.count}")
+            near_mean(f"mean {what} +{offset}", got.mean, expected.mean, 1e-6)
+            near(f"m2 {what} +{offset}", got.m2, expected.m2, 1e-5)
+        like = (w - 0.5, b + 0.5)  # a mean and an inv_std
+        liked = [v.double() for v in like]
+        plain = reference.normalize(xd, *liked, wd, bd)
+        near(f"normalize {what}", gpu.normalize(x, *like, w, b), plain, limit)
+        mask = gpu.empty_mask(x)
+        y = gpu.normalize(x, *like, w, b, residual=r, relu=True, mask=mask)
+        near(f"normalize, add, ReLU {what}", y, (plain + rd).relu(), limit)
+        positive = gpu.unpack_mask(mask, x)
+        # float16 turns the smallest positive numbers to 0.
+        if (positive != (plain + rd > 0)).double().mean() > 1e-4 or (y > 0)[~positive].any():
+            sys.exit(f"WRONG: mask {what}")
+        cut = torch.where(positive, dyd, 0)
+        for gradient, given in ((dyd, {}), (cut, {"mask": mask})):
+            sums = gpu.grad_sums(dy, x, *like, **given)
+            wanted = reference.grad_sums(gradient, xd, *liked)
+            size = gradient.shape[0] * gradient[0, 0].numel()
+            for one, other in zip(sums, wanted, strict=True):
+                near_mean(f"grad_sums {what}", one / size, other / size, 1e-5)
+            dx = gpu.grad_input(dy, x, *like, w, *sums, 1000, **given)
+            sums = [v.double() for v in sums]
+            wanted = reference.grad_input(gradient, xd, *liked, wd, *sums, 1000)
+            near(f"grad_input {what}", dx, wanted, limit)
+    say("each of the four primitives alone, and the mask, agree with float64")
+
+
+def check_running():
+    """The running statistics after 1, 2 and 10 steps on different data."""
+    for (name, dtype), layout in itertools.product(DTYPES.items(), LAYOUTS):
+        inputs = small(0, dtype, layout)
+        expected = [v.double() for v in inputs.stats]
+        for step in range(1, 11):
+            x = small(step, dtype, layout).x.detach() * (1 + step / 10) + step
+            functional.batch_norm(x, *inputs.stats, training=True, backend="gpu")
+            batch = reference.moments(x.double())
+            expected = reference.update_running_stats(*expected, batch, 0.1)
+            if step in (1, 2, 10):
+                what = f"{step} steps, {name} {layout}"
+                near_mean(f"running mean, {what}", inputs.stats[0], expected[0], 1e-5)
+                near(f"running variance, {what}", inputs.stats[1], expected[1], 1e-5)
+    say("the running statistics after 1, 2 and 10 steps agree with float64")
+
+
+class Layer(torch.nn.BatchNorm2d):
+    """A module that uses the GPU kernels whatever the device; its residual is the input."""
+
+    group = None
+
+    def forward(self, x):
+        stats = (self.running_mean, self.running_var)
+        options = {"residual": x, "activation": "relu", "process_group": self.group}
+        arguments = (*stats, self.weight, self.bias, True, 0.1, EPS)
+        return functional.batch_norm(x, *arguments, **options, backend="gpu")
+
+
+def check_layer(what, layer, forward, inputs, limit):
+    """A training step of a Layer, by ``forward``, against float64."""
+    x, dy = inputs.x.detach().requires_grad_(), inputs.dy
+    y = forward(x)
+    y.backward(dy.to(y.dtype))
+    xd, w, b = (t.detach().double() for t in (x, layer.weight, layer.bias))
+    out, cache = reference.batch_norm_forward(xd, w, b, eps=EPS)
+    cut = torch.where(y.detach() > 0, dy.double(), 0)
+    dx, dw, db = reference.batch_norm_backward(cut, cache)
+    near(f"{what}: output", y.detach(), (out + xd).relu(), limit)
+    near(f"{what}: dx", x.grad, dx + cut, limit)
+    near(f"{what}: dweight", layer.weight.grad, dw, limit)
+    near(f"{what}: dbias", layer.bias.grad, db, limit)
+    start = (torch.zeros_like(w), torch.ones_like(w))
+    running = reference.update_running_stats(*start, cache.moments, 0.1)
+    near_mean(f"{what}: running mean", layer.running_mean, running[0], 1e-5)
+    near(f"{what}: running variance", layer.running_var, running[1], 1e-5)
+
+
+def check_compile():
+    """torch.compile(fullgraph=True) of a module with bnlib's layer."""
+    for layout in LAYOUTS:
+        inputs = small(0, layout=layout)
+        layer = Layer(inputs.x.shape[1]).to(DEVICE)
+        check_layer(f"compile {layout}", layer, compiled(layer, fullgraph=True), inputs, 1e-5)
+    torch._dynamo.reset()
+    say("torch.compile(fullgraph=True) agrees with float64")
+
+
+def check_autocast():
+    """A convolution and the layer under autocast: 16 bits arrive, statistics are in float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if ARGS.dry_run and dtype == torch.float16:
+            continue
+        inputs = small(0)
+        c = inputs.x.shape[1]
+        conv = torch.nn.Conv2d(c, c, 3, padding=1, bias=False).to(DEVICE)
+        layer = Layer(c).to(DEVICE)
+        with torch.autocast(DEVICE, dtype):
+            z = conv(inputs.x)
+            y = layer(z)
+        if not z.dtype == y.dtype == dtype:
+            sys.exit(f"WRONG: autocast to {dtype}: {z.dtype} arrived, {y.dtype} left")
+        zd = z.detach().double()
+        out = reference.batch_norm_forward(zd, eps=EPS)[0]
+        near(f"autocast {dtype}", y.detach(), (out + zd).relu(), 1.6e-2)
+        running = reference.moments(zd)
+        near_mean(f"autocast {dtype}: running mean", layer.running_mean, running.mean / 10, 1e-5)
+        (y.float().sum() / 100).backward()
+        if not (conv.weight.grad.isfinite().all() and layer.weight.grad.dtype == torch.float32):
+            sys.exit(f"WRONG: autocast {dtype}: the gradients are not finite, or not float32")
+    say("autocast agrees with float64")
+
+
+def check_ddp():
+    """DistributedDataParallel and synchronised statistics, in a world of this process alone."""
+    dist = torch.distributed
+    if not dist.is_available():
+        say("DDP: not checked, this torch has no torch.distributed")
         return
-    n, c, h = 32, 64, 56
-    first, second = (Inputs(n, c, h, torch.bfloat16, "contiguous", seed) for seed in (0, 1))
-    with torch.no_grad():
-        torch.cuda.synchronize()
+    backend = "nccl" if DEVICE == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for group in (None, dist.group.WORLD):
+            inputs = small(0)
+            layer = Layer(inputs.x.shape[1]).to(DEVICE)
+            layer.group = group
+            ids = [torch.cuda.current_device()] if DEVICE == "cuda" else None
+            model = torch.nn.parallel.DistributedDataParallel(layer, device_ids=ids)
+            what = f"DDP, {backend}{'' if group is None else ', synchronised'}"
+            check_layer(what, layer, model, inputs, 1e-5)
+            del model
+    finally:
+        dist.destroy_process_group()
+    say(f"DDP, {backend}, a world of one, with and without synchronising: agrees with float64")
+
+
+def check_graph():
+    """A training step of the layer inside a CUDA graph, replayed with other data."""
+    if DEVICE == "cpu":
+        say("CUDA graphs: not checked, no CUDA")
+        return
+    op = "add_relu_fwd_bwd"
+    for layout in LAYOUTS:
+        first, second = (small(seed, torch.bfloat16, layout) for seed in (0, 1))
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            first.forward(layer_bnlib, "add_relu_fwd")
-        torch.cuda.synchronize()
+            first.backward(first.forward(layer_bnlib, op), op)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = first.forward(layer_bnlib, "add_relu_fwd")
-        first.x.copy_(second.x)
-        first.residual.copy_(second.residual)
-        first.w.copy_(second.w)
-        first.b.copy_(second.b)
-        graph.replay()
+            y = first.forward(layer_bnlib, op)
+            got = [y, *first.backward(y, op)]
+        with torch.no_grad():
+            for name in ("x", "residual", "dy", "w", "b"):
+                getattr(first, name).copy_(getattr(second, name))
+            for one, other in zip(first.stats, second.stats, strict=True):
+                one.copy_(other)
+        for _ in range(3):
+            graph.replay()
+            y = second.forward(layer_bnlib, op)
+            expected = [y, *second.backward(y, op)]
         torch.cuda.synchronize()
-        if not torch.equal(y, second.forward(layer_bnlib, "add_relu_fwd")):
-            sys.exit("WRONG: a CUDA graph's replay differs from a call")
-    say("a CUDA graph's replay gives what a call gives")
+        pairs = zip(got + first.stats, expected + second.stats, strict=True)
+        if not all(torch.equal(one, other) for one, other in pairs):
+            sys.exit(f"WRONG: a CUDA graph's replay differs from a call ({layout})")
+    say("a CUDA graph's replay gives what a call gives, forward, backward and running statistics")
+
+
+def attempt(checks):
+    """Run checks of what torch does around the kernels; return the errors, none of them a result.
+
+    A wrong result ends the program; a machine without, say, a network for NCCL does not.
+    """
+    errors = []
+    for one in checks:
+        try:
+            one()
+        except Exception as error:
+            errors.append(f"{one.__name__}: {type(error).__name__}: {str(error)[:300]}")
+            say(f"FAILED: {errors[-1]}")
+    return errors
 
 
 # --- What is measured -----------------------------------------------------------------------------
 
 
-def measure_layers(write, copy_rate):
-    """All operations, shapes, layouts and dtypes; torch.compile as far as its time goes."""
-    shapes = list(RESNET50) if not ARGS.dry_run else [(6, 7)]
-    batches = BATCHES if not ARGS.dry_run else (4,)
-    dtypes = list(DTYPES) if not ARGS.dry_run else ["float32"]
-    compile_left = ARGS.compile_seconds
-    skipped = without_compile = 0
-    # torch.compile's time goes to the shapes that differ most; they come first.
-    first = [(256, 56), (2048, 7), (64, 112), (512, 28), (1024, 14)]
-    shapes.sort(key=lambda shape: first.index(shape) if shape in first else len(first))
-    for (c, h), dtype, layout, n in itertools.product(shapes, dtypes, LAYOUTS, batches):
+class Compiling:
+    """How long torch.compile has taken in this process."""
+
+    seconds = 0.0
+
+
+def measure_layers(write, copy_rate, ops):
+    """Some operations, for all kinds of tensors; what is not measured is reported by name."""
+    missed, without = [], []
+    for case in cases():
+        (c, h), dtype, layout, n = case
         if elapsed() > ARGS.seconds:
-            skipped += 1
+            missed.append(case)
             continue
         layers = dict(LAYERS)
-        if not (n == BATCHES[0] and dtype != "float16" and compile_left > 0):
+        if Compiling.seconds > ARGS.compile_seconds:
             layers.pop("compile", None)
-        without_compile += "compile" not in layers
         try:
-            compile_left -= measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout)
+            measured = measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout, ops)
+            if not measured:
+                without.append(case)
         except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
             say(f"not measured, for lack of memory: {(n, c, h, h)} {dtype} {layout}")
-    if skipped:
-        say(f"{skipped} configurations not measured: --seconds {ARGS.seconds:.0f} were over")
-    say(f"{without_compile} configurations measured without torch.compile")
+            missed.append(case)
+    print_missed(f"not measured, {', '.join(ops)}", missed)
+    print_missed(f"measured without torch.compile, {', '.join(ops)}", without)
 
 
-def measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout):
-    """All operations on one kind of tensor; returns the seconds that torch.compile took."""
+def print_missed(what, missed):
+    groups = {}
+    for (c, h), dtype, layout, n in missed:
+        groups.setdefault((dtype, layout), []).append(f"{n}x{c}x{h}x{h}")
+    for (dtype, layout), shapes in groups.items():
+        say(f"{what}: {dtype} {layout}: {', '.join(shapes)}")
+
+
+def measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout, ops):
+    """Some operations on one kind of tensor; returns whether torch.compile was among them."""
     numel, itemsize = n * c * h * h, DTYPES[dtype].itemsize
     sets = max(2, min(8, math.ceil(2 * l2_bytes() / (3 * numel * itemsize))))
     inputs = [Inputs(n, c, h, DTYPES[dtype], layout, seed) for seed in range(sets)]
-    seconds = 0.0
     if "compile" in layers:
-        layers["compile"] = compiled_layer()
-    for op in OPS:
-        calls = {}
-        for name, layer in layers.items():
-            begin = time.perf_counter()
-            calls[name] = [call(name, layer, one, op) for one in inputs]
-            if name == "compile":
-                calls[name][0]()
-                seconds += time.perf_counter() - begin
+        begin = time.perf_counter()
+        try:
+            layers["compile"] = compiled(layer_eager, fullgraph=True)
+            for op in ops:
+                call("compile", layers["compile"], inputs[0], op)()
+            sync()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever torch.compile cannot do, the others are measured
+            del layers["compile"]
+            say(f"torch.compile failed, {(n, c, h, h)} {dtype} {layout}: {str(error)[:200]}")
+        Compiling.seconds += time.perf_counter() - begin
+    for op in ops:
+        calls = {
+            name: [call(name, layer, one, op) for one in inputs] for name, layer in layers.items()
+        }
         floor = floor_us(op, numel, itemsize, copy_rate)
         for name, median in time_in_turns(calls).items():
             bound = 2 * numel * itemsize / copy_rate if name == "copy" else floor
             write(op, layout, dtype, n, c, h, h, name, median, bound)
-    return seconds
+    return "compile" in layers
 
 
 class Bottleneck(torch.nn.Module):
@@ -482,54 +803,70 @@ class ResNet50(torch.nn.Module):
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
-def measure_resnet50(write):
-    """A training step of the whole network under bfloat16 autocast; its peak memory is printed."""
-    n, side = (2, 32) if ARGS.dry_run else (128, 224)
+def resnet50_step(name, layout, dtype):
+    """Return a function that does a training step of the whole network."""
+    n, side = RESNET50_BATCH
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    model = ResNet50().to(DEVICE, memory_format=memory)
+    norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    assert norms == sum(RESNET50.values())
+    if name == "bnlib":
+        model = bnlib.nn.convert_batch_norm(model)
+        assert sum(isinstance(m, bnlib.nn.BatchNorm2d) for m in model.modules()) == norms
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    if name == "compile":
+        model = compiled(model)
+    images = torch.randn(n, 3, side, side, device=DEVICE).contiguous(memory_format=memory)
+    labels = torch.randint(1000, (n,), device=DEVICE)
+
+    def step():
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def measure_resnet50(write, names, dtype, needed=0.0):
+    """A training step of the whole network; its peak memory is printed."""
+    n, side = RESNET50_BATCH
     for layout in LAYOUTS:
-        memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        if elapsed() + needed > ARGS.seconds:
+            say(f"not measured: resnet50_step, {dtype} {layout}, {', '.join(names)}")
+            continue
         calls, peaks, hosts = {}, {}, {}
-        for name in ("bnlib", "eager"):
-            torch.manual_seed(0)
-            model = ResNet50().to(DEVICE, memory_format=memory)
-            norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-            assert norms == sum(RESNET50.values())
-            if name == "bnlib":
-                model = bnlib.nn.convert_batch_norm(model)
-                assert sum(isinstance(m, bnlib.nn.BatchNorm2d) for m in model.modules()) == norms
-            optimiser = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-            images = torch.randn(n, 3, side, side, device=DEVICE)
-            images = images.contiguous(memory_format=memory)
-            labels = torch.randint(1000, (n,), device=DEVICE)
-
-            def step(model=model, optimiser=optimiser, images=images, labels=labels):
-                optimiser.zero_grad(set_to_none=True)
-                with torch.autocast(DEVICE, torch.bfloat16):
-                    loss = torch.nn.functional.cross_entropy(model(images), labels)
-                loss.backward()
-                optimiser.step()
-
-            if DEVICE == "cuda":
-                step()
-                step()
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                begin = time.perf_counter()
-                step()
-                hosts[name] = time.perf_counter() - begin
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated() - before
-            calls[name] = [step]
-        if DEVICE == "cpu":  # the interpreter would take minutes: one step, to see that it runs
-            calls["bnlib"] = []
-        for name, median in time_wall(calls).items():
-            write("resnet50_step", layout, "bfloat16", n, 3, side, side, name, median, math.nan)
+        try:
+            for name in names:
+                step = resnet50_step(name, layout, dtype)
+                if DEVICE == "cuda":
+                    step()
+                    step()
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                    begin = time.perf_counter()
+                    step()
+                    hosts[name] = time.perf_counter() - begin
+                    torch.cuda.synchronize()
+                    peaks[name] = torch.cuda.max_memory_allocated() - before
+                calls[name] = [step]
+            if DEVICE == "cpu":  # the interpreter would take minutes: eager, to see that it runs
+                calls["bnlib"] = []
+            for name, median in time_wall(calls).items():
+                write("resnet50_step", layout, dtype, n, 3, side, side, name, median, math.nan)
+        except Exception as error:  # lack of memory, or torch.compile's: the rest is measured
+            say(f"not measured: resnet50_step, {dtype} {layout}: {str(error)[:200]}")
         for name, peak in peaks.items():
             say(
-                f"ResNet-50 {layout} {name}: {peak / 2**30:.2f} GiB above the model at the peak, "
-                f"{1e3 * hosts[name]:.1f} ms for the host to queue one step"
+                f"ResNet-50 {dtype} {layout} {name}: {peak / 2**30:.2f} GiB above the model at the "
+                f"peak, {1e3 * hosts[name]:.1f} ms for the host to queue one step"
             )
+        del calls
+        sync()
 
 
 def time_wall(calls):
@@ -549,7 +886,7 @@ def time_wall(calls):
 def print_host_overhead():
     """How long the host needs to queue one call: what a small layer costs without a CUDA graph."""
     shape = (2, 3, 5) if ARGS.dry_run else (32, 512, 7)
-    inputs = Inputs(*shape, torch.bfloat16, "contiguous", seed=0)
+    inputs = Inputs(*shape, torch.bfloat16, "NCHW", seed=0)
     for name in ("bnlib", "eager"):
         function = call(name, LAYERS[name], inputs, "train_fwd_bwd")
         times = []
@@ -570,19 +907,27 @@ def print_kernels():
 
     for layout, dtype in itertools.product(LAYOUTS, ("bfloat16", "float32")):
         inputs = Inputs(32, 256, 56, DTYPES[dtype], layout, seed=0)
-        for name in ("bnlib", "eager", "eager_nocudnn"):
-            function = call(name, LAYERS[name], inputs, "train_fwd_bwd")
-            function()
-            torch.cuda.synchronize()
-            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        layers = LAYERS | {"compile": compiled(layer_eager, fullgraph=True)}
+        for op, name in itertools.product(
+            WANTED_OPS, ("bnlib", "eager", "eager_nocudnn", "compile")
+        ):
+            try:
+                function = call(name, layers[name], inputs, op)
                 function()
                 torch.cuda.synchronize()
-            names = [event.key[:60] for event in trace.key_averages()]
-            say(f"kernels, {layout} {dtype} {name}: {', '.join(names)}")
+                with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                    function()
+                    torch.cuda.synchronize()
+                names = [event.key[:60] for event in trace.key_averages()]
+                say(f"kernels, {op} {layout} {dtype} {name}: {', '.join(names)}")
+            except Exception as error:  # a profiler that is not allowed, or torch.compile
+                say(f"kernels, {op} {layout} {dtype} {name}: unknown, {str(error)[:200]}")
 
 
 def print_summary(rows):
-    """Geometric means of eager's and compile's time over ours, the worst, and the floor's share."""
+    """Geometric means of eager's and compile's time over ours, the worst, and the floor's share;
+    then what is wanted, and every wish that is not met.
+    """
     table = {}
     for row in rows:
         key = tuple(row[column] for column in ("op", "layout", "dtype", "n", "c", "h"))
@@ -600,11 +945,50 @@ def print_summary(rows):
         large = [
             v["bnlib"][1] / v["bnlib"][0]
             for (*_, n, c, h), v in cells.items()
-            if n * c * h * h * DTYPES[dtype].itemsize > 100e6
+            if n * c * h * h * DTYPES[dtype].itemsize > LARGE
         ]
         if large:
             parts.append(f"floor {100 * min(large):.0f} %")
         print(f"  {op:17} {layout:13} {dtype:9} " + "  ".join(parts))
+    print_wishes(table)
+
+
+def print_wishes(table):
+    """What is wanted of the kernels, line by line; ``table`` is print_summary's."""
+    say("what is wanted")
+    for (op, other), least in WANTED.items():
+        for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+            ratios = [
+                v[other][0] / v["bnlib"][0]
+                for k, v in table.items()
+                if k[:3] == (op, layout, dtype) and "bnlib" in v and other in v
+            ]
+            what = f"{op} at least {least:.1f} x {other}, {layout} {dtype}"
+            if not ratios:
+                print(f"  not measured: {what}")
+                continue
+            mean = statistics.geometric_mean(ratios)
+            verdict = "met" if mean >= least else "UNMET"
+            print(f"  {verdict}: {what}: {mean:.2f} over {len(ratios)} shapes")
+    slower = share = compared = large = 0
+    for (op, layout, dtype, n, c, h), times in sorted(table.items()):
+        if op not in OPS or "bnlib" not in times:
+            continue
+        ours, floor = times["bnlib"]
+        what = f"{op} {n}x{c}x{h}x{h} {layout} {dtype}"
+        if "eager" in times:
+            compared += 1
+            if times["eager"][0] / ours < WANTED_ANYWHERE:
+                slower += 1
+                more = 100 * (ours / times["eager"][0] - 1)
+                print(f"  UNMET: slower than eager by more than 5 %: {what}: by {more:.0f} %")
+        if n * c * h * h * DTYPES[dtype].itemsize > LARGE:
+            large += 1
+            if floor / ours < WANTED_FLOOR:
+                share += 1
+                print(f"  UNMET: below 80 % of the floor: {what}: {100 * floor / ours:.0f} %")
+    print(f"  slower than eager by more than 5 %: {slower} of {compared}")
+    print(f"  below 80 % of the floor, of tensors above 100 MB: {share} of {large}")
 
 
 def driver():
@@ -619,10 +1003,12 @@ def main():
     out = ARGS.out
     if out is None and not ARGS.dry_run:
         out = ROOT / "book" / "data" / "gpu.csv"
+    name = "none" if DEVICE == "cpu" else torch.cuda.get_device_name()
+    machine = ARGS.machine or f"{name}, {len(os.sched_getaffinity(0))} CPU cores"
     constants = {
         "date": datetime.date.today().isoformat(),
-        "machine": "dry run" if ARGS.dry_run else ARGS.machine,
-        "gpu": "none" if DEVICE == "cpu" else torch.cuda.get_device_name(),
+        "machine": "dry run" if ARGS.dry_run else machine,
+        "gpu": name,
         "driver": "none" if DEVICE == "cpu" else driver(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -630,37 +1016,57 @@ def main():
     say(", ".join(f"{key} {value}" for key, value in constants.items()))
     rows = []
 
-    def write(op, layout, dtype, n, c, h, w, impl, median, floor):
-        values = (op, layout, dtype, n, c, h, w, impl, median, floor)
-        rows.append(constants | dict(zip(COLUMNS[6:], values, strict=True)))
+    def write(*values):
+        """Keep a row, and append it to the file: it stays, whatever happens to the rest."""
+        row = constants | dict(zip(COLUMNS[6:], values, strict=True))
+        rows.append(row)
+        if out is None:
+            return
+        numbers = {key: f"{row[key]:.2f}" for key in ("median_us", "floor_us")}
+        if math.isnan(row["floor_us"]):
+            numbers["floor_us"] = ""
+        with out.open("w" if len(rows) == 1 else "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if len(rows) == 1:
+                writer.writeheader()
+            writer.writerow(row | numbers)
 
-    check()
-    check_determinism()
-    check_graph()
+    finish = compile_ahead()
+    try:
+        check()
+        check_primitives()
+        check_running()
+        check_determinism()
+        errors = attempt([check_compile, check_autocast, check_graph, check_ddp])
+    except BaseException:
+        finish(until=0)
+        raise
+    finish()
     check_large()
     copy_rate, read_rate = bandwidths()
     for impl, rate in (("copy", copy_rate), ("read", read_rate)):
         # A bandwidth as the other rows are, a time: that of 10⁹ bytes.
-        write("bandwidth", "contiguous", "float32", 1, 1, 1, 1, impl, 1e9 / rate, 1e9 / rate)
+        write("bandwidth", "NCHW", "float32", 1, 1, 1, 1, impl, 1e9 / rate, 1e9 / rate)
     print_kernels()
     print_host_overhead()
-    measure_resnet50(write)
-    say("the layers")
     try:
-        measure_layers(write, copy_rate)
-    finally:  # what has been measured is kept, whatever happens to the rest
-        if out is not None:
-            with out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                for row in rows:
-                    numbers = {key: f"{row[key]:.2f}" for key in ("median_us", "floor_us")}
-                    if math.isnan(row["floor_us"]):
-                        numbers["floor_us"] = ""
-                    writer.writerow(row | numbers)
-            say(f"{len(rows)} rows written to {out}")
-    print_summary(rows)
-    say("done")
+        measure_resnet50(write, ("bnlib", "eager"), "bfloat16")
+        say(f"the layers: {', '.join(WANTED_OPS)}")
+        measure_layers(write, copy_rate, WANTED_OPS)
+        others = tuple(op for op in OPS if op not in WANTED_OPS)
+        say(f"the layers: {', '.join(others)}")
+        measure_layers(write, copy_rate, others)
+        say("more of the whole network")
+        measure_resnet50(write, ("bnlib", "eager"), "float32")
+        if not ARGS.dry_run:  # a minute each, if it has not been compiled ahead
+            measure_resnet50(write, ("compile",), "bfloat16", needed=40)
+            measure_resnet50(write, ("compile",), "float32", needed=90)
+    finally:
+        say(f"{len(rows)} rows" + ("" if out is None else f" written to {out}"))
+        print_summary(rows)
+    say(f"done; torch.compile took {Compiling.seconds:.0f} s in this process")
+    if errors:
+        sys.exit("Could not be checked: " + "; ".join(errors))
 
 
 if __name__ == "__main__":
