@@ -29,7 +29,7 @@ help:  ## list the targets
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, but {sys.executable} is Python {v}. Name another: make PYTHON=python3.12 ...")'
-	$(SAY) "Installing into .venv (about four minutes the first time)"
+	$(SAY) "Installing into .venv (a few minutes the first time)"
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(PY) -m pip install --progress-bar on -r requirements.txt
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .

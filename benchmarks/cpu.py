@@ -1,7 +1,8 @@
 """Measure batch norm on the CPU: bnlib, PyTorch eager, torch.compile and a bare copy.
 
-    python benchmarks/cpu.py            # all of it, 15 minutes; writes book/data/cpu.csv
-    python benchmarks/cpu.py --quick    # a few shapes, less than two minutes; prints only
+    python benchmarks/cpu.py                 # all of it; writes book/data/cpu.csv
+    python benchmarks/cpu.py --no-compile    # without torch.compile: 6 minutes on 2 cores
+    python benchmarks/cpu.py --quick         # a few shapes; prints only
 
 Every combination of threads and page size runs in a process of its own, because PyTorch reads
 THP_MEM_ALLOC_ENABLE when it starts. Within it the contestants take turns in one loop, in an order
