@@ -30,6 +30,7 @@ SECTIONS = [
     "Code",
     "The check against PyTorch",
     "The figure",
+    "Check yourself",
     "Exercises",
     "Summary",
     "Further reading",

@@ -1,0 +1,406 @@
+"""Each chapter's questions are well formed, their numbers are right, and anyone can open them."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from test_book import CHAPTERS
+from test_pages import Visit
+from torch import nn
+
+import bnlib
+from bnlib.fold import fold_conv_bn
+
+# --- Form -----------------------------------------------------------------------------------------
+
+QUESTION = re.compile(r"^\d+\. (.+?)\n\n(.*?)(?=^\d+\. |\Z)", re.MULTILINE | re.DOTALL)
+OPTION = re.compile(
+    r"^   :::\{dropdown\} (?P<text>.+)\n"
+    r"(?P<right>   :class-container: quiz-right\n)?"
+    r"\n   \*\*(?P<verdict>Right|No):\*\* (?P<why>.+)\n\n   :::\n?",
+    re.MULTILINE,
+)
+
+
+def quiz(nb):
+    """The chapter's questions, as (question, its options); an option is a match of OPTION."""
+    (source,) = [c.source for c in nb.cells if c.source.startswith("## Check yourself\n")]
+    return [(m[1], list(OPTION.finditer(m[2] + "\n"))) for m in QUESTION.finditer(source)]
+
+
+def form(nb):
+    """What is wrong with a chapter's questions."""
+    asked, problems = quiz(nb), []
+    if not 3 <= len(asked) <= 5:
+        problems.append(f"expected 3 to 5 questions, got {len(asked)}")
+    (source,) = [c.source for c in nb.cells if c.source.startswith("## Check yourself\n")]
+    read = sum(len(options) for _, options in asked)
+    if read != source.count("{dropdown}"):
+        problems.append(f"{source.count('{dropdown}')} answers, {read} of them well formed")
+    for question, options in asked:
+        right = [o for o in options if o["verdict"] == "Right"]
+        if len(right) != 1:
+            problems.append(f"{question!r}: expected one right answer, got {len(right)}")
+        if len(options) - len(right) < 2:
+            problems.append(f"{question!r}: expected two wrong answers or more")
+        if len({o["text"] for o in options}) != len(options):
+            problems.append(f"{question!r}: an answer is given twice")
+        for o in options:
+            if (o["verdict"] == "Right") != bool(o["right"]):
+                problems.append(f"{o['text']!r}: the verdict and the colour differ")
+            if len(o["why"]) < 40:
+                problems.append(f"{o['text']!r}: expected a reason, got {o['why']!r}")
+            if not re.search(r"\{(eq|numref)\}`[\w-]+`|\]\(#[\w-]+\)", o["why"]):
+                problems.append(f"{o['text']!r}: does not say where the chapter derives it")
+    return problems
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_questions(path):
+    assert form(nbformat.read(path, as_version=4)) == []
+
+
+def cut(pattern, by=""):
+    return lambda source: re.sub(pattern, by, source, count=1, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        cut(r"\n\n3\. .*"),
+        cut(r"\Z", "\n\n6. Once more?\n\n7. And once more?\n"),
+        cut(r"\*\*Right:", "**No:"),
+        cut(r"\*\*No:", "**Right:"),
+        cut(r"   :class-container: quiz-right\n"),
+        cut(r"\*\*No:\*\* [^\n]*", "**No:** see {eq}`eq-axes-count`."),
+        cut(r"\*\*No:\*\* [^\n]*", ""),
+        cut(r"\*\*No:\*\* [^\n]*", "**No:** because it is wrong, for some reason or other."),
+        cut(r"(   :::\{dropdown\} [^\n]*)(.*?)   :::\{dropdown\} [^\n]*", r"\1\2\1"),
+        cut(r"(1\. [^\n]*\n\n)   :::\{dropdown\}.*?:::\n\n   :::\{dropdown\}.*?:::\n\n", r"\1"),
+    ],
+)
+def test_form_finds_a_spoilt_quiz(spoil):
+    (path,) = [p for p in CHAPTERS if p.stem == "which-axes"]
+    nb = nbformat.read(path, as_version=4)
+    (cell,) = [c for c in nb.cells if c.id == "quiz"]
+    assert form(nb) == []
+    before = copy.copy(cell.source)
+    cell.source = spoil(before)
+    assert cell.source != before
+    assert form(nb)
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(0)
+
+
+def means_of_a_batch():
+    stats = bnlib.moments(RNG.normal(size=(8, 3, 32, 32)))
+    return f"{stats.mean.size} means, one for each colour, of {stats.count} values each"
+
+
+def means_after_a_convolution():
+    features = nn.Conv2d(3, 64, 3)(torch.zeros(2, 3, 8, 8))
+    return f"{bnlib.moments(features).mean.numel()}, one for each filter"
+
+
+def axes_with_channels_last():
+    return f"`{bnlib.reduction_axes(4, channel_axis=-1)}`"
+
+
+def shape_that_is_silently_wrong():
+    """Of the four shapes in the question."""
+    found = []
+    for shape, axes in {
+        (16, 3, 28, 3): "N, C, H, W",
+        (16, 3, 28, 28): "N, C, H, W",
+        (16, 1, 28, 28): "N, C, H, W",
+        (16, 28, 28, 3): "N, H, W, C",
+    }.items():
+        x = RNG.normal(size=shape)
+        reduced = bnlib.reduction_axes(4, axes.split(", ").index("C"))
+        try:
+            centred = x - x.mean(axis=reduced)
+        except ValueError:
+            continue
+        if np.abs(centred.mean(axis=reduced)).max() > 1e-9:
+            found.append(f"shape `{shape}`, axes ${axes}$")
+    (only,) = found
+    return only
+
+
+def variance_of_the_output():
+    x = torch.randn(8, 1, dtype=torch.float64)
+    variance = ((x - x.mean()) / x.var().sqrt()).var(correction=0).item()
+    return f"7/8 = {variance:.3f}"
+
+
+def correlation_is_left():
+    x = np.linalg.cholesky([[4, 0.76 * 2], [0.76 * 2, 1]]) @ RNG.normal(size=(2, 100_000))
+    y, _ = bnlib.batch_norm_forward(x.T, eps=1e-12)
+    assert abs((y.T @ y / len(y))[0, 1] - np.corrcoef(x)[0, 1]) < 1e-9
+    return "0.76, as their correlation before"
+
+
+def scale_is_forgotten():
+    x = RNG.normal(size=(8, 3, 4, 4))
+    brighter = x.copy()
+    brighter[:, 0] = 10 * x[:, 0] + 5
+    y, z = (bnlib.batch_norm_forward(batch)[0] for batch in (x, brighter))
+    assert np.abs(y - z).max() < 1e-4 and (y == z)[:, 1:].all()
+    return "nothing to speak of, in any channel"
+
+
+def grey_in_a_warm_batch():
+    batch = RNG.uniform(size=(8, 3, 16, 16)) * np.array([0.88, 0.66, 0.56]).reshape(3, 1, 1)
+    batch[0] = 0.36
+    red, _, blue = bnlib.batch_norm_forward(batch)[0][0].mean(axis=(1, 2))
+    assert red < 0 < blue
+    return "bluish: less red and more blue than the average of the batch"
+
+
+def learnt_numbers():
+    return str(sum(p.numel() for p in nn.BatchNorm2d(256).parameters()))
+
+
+def running_variance():
+    x = torch.tensor([[-1.0], [-1.0], [-1.0], [3.0]], dtype=torch.float64)
+    assert x.var(correction=0) == 3
+    layer = nn.BatchNorm1d(1, momentum=0.1, dtype=torch.float64)
+    layer(x)
+    return f"{layer.running_var.item():.1f}"
+
+
+def weak_channel():
+    y, _ = bnlib.batch_norm_forward(np.array([[-0.001], [0.001]]), eps=1e-5)
+    return f"about {y.std():.2f}"
+
+
+def two_halves():
+    half = np.array([-1.0, 1.0])
+    return f"{np.concatenate([half, half + 4]).var():.0f}"
+
+
+def evaluation_of_one():
+    layer = nn.BatchNorm2d(3).double()
+    layer(3 + torch.randn(8, 3, 4, 4, dtype=torch.float64))
+    batch = torch.randn(32, 3, 4, 4, dtype=torch.float64)
+    assert torch.equal(layer.eval()(batch)[:1], layer(batch[:1]))
+    return "it is the same both times"
+
+
+def largest_output():
+    x = np.append(np.tile([-1.0, 1.0], 50)[:99], 1e6)[:, None]
+    assert 9.9 < bnlib.batch_norm_forward(x)[0][-1, 0] < 99**0.5 < 10
+    return "just under 10"
+
+
+def values_that_receive_a_gradient():
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    nn.functional.batch_norm(x, None, None, training=True)[2, 1, 3, 4].backward()
+    return f"{(x.grad != 0).sum()}, the channel in all images"
+
+
+def gradient_of_gamma():
+    x = RNG.normal(size=(16, 32, 7, 7))
+    dy = RNG.normal(size=x.shape)
+    x_hat, _ = bnlib.batch_norm_forward(x)
+    code = "(dy * x_hat).sum(axis=(0, 2, 3))"
+    value = eval(code, {"dy": dy, "x_hat": x_hat})
+    gamma = torch.ones(32, dtype=torch.float64, requires_grad=True)
+    y = nn.functional.batch_norm(torch.tensor(x), None, None, gamma, training=True)
+    y.backward(torch.tensor(dy))
+    assert np.allclose(value, gamma.grad)
+    return f"`{code}`, shape `{value.shape}`"
+
+
+def gradient_of_a_bias():
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    bias = torch.randn(3, 1, 1, dtype=torch.float64, requires_grad=True)
+    y = nn.functional.batch_norm(x + bias, None, None, training=True)
+    (y * torch.randn_like(y)).sum().backward()
+    assert bias.grad.abs().max() < 1e-12
+    return "0, up to rounding"
+
+
+def gradients_of_the_modes():
+    x = torch.randn(64, 1, dtype=torch.float64)
+    statistics, dy = (x[:, 0].mean()[None], x.var(correction=0)[None]), torch.randn_like(x)
+    gradients, outputs = [], []
+    for training in (True, False):
+        leaf = x.clone().requires_grad_()
+        running = (None, None) if training else statistics
+        outputs.append(nn.functional.batch_norm(leaf, *running, training=training))
+        outputs[-1].backward(dy)
+        gradients.append(leaf.grad)
+    assert torch.allclose(*outputs) and not torch.allclose(*gradients, atol=1e-3)
+    return "it differs: in evaluation two of the three terms are missing"
+
+
+def mistake_that_stays_hidden():
+    x = RNG.normal(size=(8, 1))
+    x_hat, _ = bnlib.batch_norm_forward(x, eps=1e-12)
+    dy, r = np.ones_like(x), x.var() ** -0.5
+    right = r * (dy - dy.mean() - x_hat * (dy * x_hat).mean())
+    assert np.abs(right - r * (dy - dy.mean())).max() < 1e-9  # without the variance's path
+    assert np.allclose(r * (dy - x_hat * (dy * x_hat).mean()), r)  # without the mean's
+    return "the path through the variance is missing"
+
+
+def shortest_time():
+    bytes_of_a_pass = 128 * 256 * 56 * 56 * 2
+    times = {passes: 1e6 * passes * bytes_of_a_pass / 4e12 for passes in (1, 3, 4, 8)}
+    assert [round(t) for t in times.values()] == [51, 154, 206, 411]
+    assert round(bytes_of_a_pass / 1e6) == 206
+    return f"{times[4]:.0f} µs"
+
+
+def sectors():
+    x = torch.empty(32, 64, 56, 56).to(memory_format=torch.channels_last)
+    count = {x.stride(3) * w * 4 // 32 for w in range(32)}
+    assert x.stride(3) * 4 == 256
+    return f"{len(count)}, one for each number"
+
+
+def digits_of_one_pass():
+    x = (RNG.normal(size=802_816) + 10_000).astype(np.float32)
+    one_pass = (x * x).mean() - x.mean() ** 2
+    assert abs(one_pass / x.astype(np.float64).var() - 1) > 0.1
+    return "not one digit need be right"
+
+
+def mean_of_uneven_shards():
+    parts = [bnlib.moments(np.full((7, 1), 2.0)), bnlib.moments(np.full((1, 1), 10.0))]
+    return f"{bnlib.merge(*parts).mean[0]:.0f}"
+
+
+def global_count():
+    x = RNG.normal(size=(4000, 1))
+    dy = RNG.normal(size=x.shape)
+    x_hat, cache = bnlib.batch_norm_forward(x, np.ones(1), np.zeros(1))
+    dx, dgamma, dbeta = bnlib.batch_norm_backward(dy, cache)
+    r = (x.var() + 1e-5) ** -0.5
+    (m,) = [n for n in (1000, 4000) if np.allclose(r / n * (n * dy - dbeta - x_hat * dgamma), dx)]
+    return f"{m}, the values of all ranks"
+
+
+def folded_bias():
+    conv, norm = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1).eval()
+    for value, number in (
+        (conv.bias, 5.0),
+        (norm.weight, 3.0),
+        (norm.bias, 1.0),
+        (norm.running_mean, 3.0),
+        (norm.running_var, 4.0 - norm.eps),
+    ):
+        nn.init.constant_(value, number)
+    return f"{fold_conv_bn(conv, norm).bias.item():.4g}"
+
+
+def axis_of_a_transposed_convolution():
+    layer = nn.ConvTranspose2d(16, 32, 3)
+    norm = nn.BatchNorm2d(32).eval()
+    nn.init.uniform_(norm.weight, 1, 2)
+    folded = fold_conv_bn(layer, norm)
+    assert layer.weight.shape == (16, 32, 3, 3)
+    s = norm.weight / (1 + norm.eps) ** 0.5
+    assert torch.allclose(folded.weight, layer.weight * s[None, :, None, None])
+    return "axis 1"
+
+
+def dead_channel():
+    return f"by {0.5 / 1e-5**0.5:.0f}"
+
+
+NUMBERS = {
+    "which-axes": {
+        1: means_of_a_batch,
+        2: means_after_a_convolution,
+        3: axes_with_channels_last,
+        4: shape_that_is_silently_wrong,
+        5: variance_of_the_output,
+    },
+    "channels": {
+        2: correlation_is_left,
+        3: scale_is_forgotten,
+        4: grey_in_a_warm_batch,
+        5: learnt_numbers,
+    },
+    "forward": {
+        1: running_variance,
+        2: weak_channel,
+        3: two_halves,
+        4: evaluation_of_one,
+        5: largest_output,
+    },
+    "backward": {
+        1: values_that_receive_a_gradient,
+        2: gradient_of_gamma,
+        3: gradient_of_a_bias,
+        4: gradients_of_the_modes,
+        5: mistake_that_stays_hidden,
+    },
+    "gpu": {2: shortest_time, 3: sectors, 4: digits_of_one_pass},
+    "distributed": {2: mean_of_uneven_shards, 3: global_count},
+    "folding": {1: folded_bias, 2: axis_of_a_transposed_convolution, 5: dead_channel},
+}
+
+
+@pytest.mark.parametrize(
+    ("chapter", "number"), [(name, n) for name, row in NUMBERS.items() for n in row]
+)
+def test_right_answer(chapter, number):
+    torch.manual_seed(0)
+    (path,) = [p for p in CHAPTERS if p.stem == chapter]
+    _, options = quiz(nbformat.read(path, as_version=4))[number - 1]
+    (right,) = [o["text"] for o in options if o["right"]]
+    assert right == NUMBERS[chapter][number]()
+
+
+# --- In a browser ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_answers_open_by_keyboard(site, browser, path):
+    page = site / "book" / path.parent.name / f"{path.stem}.html"
+    asked = quiz(nbformat.read(path, as_version=4))
+    with Visit(browser, page.as_uri()) as visit:
+        section = visit.page.locator("#check-yourself")
+        answers = section.locator("li > details")
+        assert answers.count() == sum(len(options) for _, options in asked)
+        for i, option in enumerate(o for _, options in asked for o in options):
+            verdict = answers.nth(i).locator(f"strong:text-is('{option['verdict']}:')")
+            assert not verdict.is_visible()
+            answers.nth(i).locator("summary").focus()
+            visit.page.keyboard.press("Enter" if i % 2 else "Space")
+            assert verdict.is_visible()
+        assert section.locator("details.quiz-right").count() == len(asked)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375])
+def test_open_answers_are_accessible(site, browser, theme, width):
+    page = site / "book" / "layer" / "forward.html"
+    with Visit(browser, page.as_uri(), theme, width) as visit:
+        visit.page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+        report = Axe().run(visit.page, context="#check-yourself", options={"preload": False})
+        assert report.response["violations"] == []
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_paper_shows_every_answer(site, browser):
+    with Visit(browser, (site / "book" / "layer" / "forward.html").as_uri()) as visit:
+        reasons = visit.page.locator(
+            "#check-yourself details:not([open]) strong:text-matches(':$')"
+        )
+        shown = "all => all.filter(e => e.checkVisibility()).length"
+        assert reasons.count() > 10 and reasons.evaluate_all(shown) == 0
+        visit.page.emulate_media(media="print")
+        assert reasons.evaluate_all(shown) == reasons.count()
