@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.builders.epub3 import Epub3Builder
+from sphinx.config import Config
 
 import bnlib
 
-NAME = "batch-normalization-axis-by-axis"
 LANGUAGE = "en-GB"
 RIGHTS = (
     "Text, figures and stored outputs: Creative Commons Attribution 4.0 International, "
@@ -89,7 +89,7 @@ xml:lang="{language}">
 <dc:description>{description}</dc:description>
 <dc:rights>{rights}</dc:rights>
 <meta property="dcterms:modified">{modified}</meta>
-<meta property="schema:softwareVersion">{version}</meta>
+<meta property="schema:version">{version}</meta>
 {accessible}
 <meta name="cover" content="cover-image"/>
 </metadata>
@@ -206,7 +206,6 @@ class BookEpub(Epub3Builder):
     """Sphinx's builder for the text; its own pages, package document and zip file."""
 
     def init(self) -> None:
-        self.config.version = bnlib.__version__
         self.config.epub_show_urls = "no"
         super().init()
         self.pages: dict[str, Tag] = {}
@@ -224,7 +223,7 @@ class BookEpub(Epub3Builder):
     def finish(self) -> None:
         self.finish_tasks.join()
         files = self.contents()
-        target = Path(self.outdir) / f"{NAME}.epub"
+        target = Path(self.outdir) / f"{self.config.epub_basename}.epub"
         with zipfile.ZipFile(target, "w") as archive:
             for name, data in files.items():
                 entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
@@ -258,7 +257,8 @@ class BookEpub(Epub3Builder):
             files[f"{name}.xhtml"] = self.page(
                 name, self.pages[name].h1.get_text(), self.pages[name].decode_contents().strip()
             )
-        cover = f'<div class="cover"><img src="cover.png" alt="{title}, by {author}. {CARD_ALT}"/></div>'
+        says = html.escape(f"{title}, by {author}. {CARD_ALT}")
+        cover = f'<div class="cover"><img src="cover.png" alt="{says}"/></div>'
         files = {
             "cover.xhtml": self.page("cover", title, cover),
             "nav.xhtml": self.page("nav", "Contents", self.navigation()),
@@ -339,6 +339,12 @@ class BookEpub(Epub3Builder):
         )
 
 
+def set_version(app: Sphinx, config: Config) -> None:
+    """The book carries the library's number; without one Sphinx warns."""
+    config.version = bnlib.__version__
+
+
 def setup(app: Sphinx) -> dict:
+    app.connect("config-inited", set_version)
     app.add_builder(BookEpub, override=True)
     return {"parallel_read_safe": True, "parallel_write_safe": False}
