@@ -123,11 +123,12 @@ def repeated_ids(files):
     ]
 
 
-def scripted(files):
+def out_of_place(files):
+    """What reading systems refuse or do not run."""
     problems = [name for name in files if name.endswith((".js", ".mjs"))]
     for name, page in pages(files).items():
         for element in page.iter():
-            if element.tag.split("}")[-1] in ("script", "style", "iframe", "button", "input"):
+            if element.tag.split("}")[-1] in ("script", "style", "iframe", "button", "svg"):
                 problems.append(f"{name}: {element.tag}")
             problems += [f"{name}: {key}" for key in element.attrib if key.startswith("on")]
     return problems
@@ -172,7 +173,7 @@ CHECKS = (
     wrong_manifest,
     dead_links,
     repeated_ids,
-    scripted,
+    out_of_place,
     poor_pictures,
     poor_formulas,
 )
@@ -192,8 +193,9 @@ def test_check(files, check):
         (dead_links, '<p><a href="intro.xhtml#nowhere">a place that is not there</a></p>'),
         (dead_links, '<p><img src="https://example.invalid/x.png" alt=""/></p>'),
         (repeated_ids, '<p id="x">one</p><p id="x">two</p>'),
-        (scripted, "<script>1</script>"),
-        (scripted, '<p onclick="1">touch</p>'),
+        (out_of_place, "<script>1</script>"),
+        (out_of_place, "<p><svg></svg></p>"),
+        (out_of_place, '<p onclick="1">touch</p>'),
         (poor_pictures, '<p><img src="../cover.png" alt="cover.png"/></p>'),
         (poor_formulas, '<span class="math">x^2</span>'),
         (poor_formulas, '<math xmlns="http://www.w3.org/1998/Math/MathML"><mi>x</mi></math>'),

@@ -120,7 +120,7 @@ def mend_page(body: Tag, online: str | None) -> None:
             note.extend([link, " takes this table's place in a browser."])
         explorer.append(note)
         del explorer["data-start"]
-    for gone in body.select("style, script, .toctree-wrapper, .clearer"):
+    for gone in body.select("style, script, .toctree-wrapper, .clearer, .sd-summary-state-marker"):
         gone.decompose()
     for comment in body.find_all(string=lambda text: isinstance(text, Comment)):
         comment.extract()

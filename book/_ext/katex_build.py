@@ -28,7 +28,7 @@ _render = katex.render_latex
 
 # What KaTeX copies into the page's MathML annotation must be what the author wrote.
 _HTML_CLASS = re.compile(r"\{\\htmlClass\{axis-[nchw]\}\{([NCHW])\}\}")
-_ANNOTATION = re.compile(r"<annotation .*?</annotation>", re.DOTALL)
+_ANNOTATION = re.compile(r"<annotation .*?</annotation>|</?semantics>", re.DOTALL)
 
 
 def node_binary() -> str:
