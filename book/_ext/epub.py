@@ -65,7 +65,9 @@ lang="{language}" xml:lang="{language}">
 <link rel="stylesheet" type="text/css" href="{root}epub.css"/>
 </head>
 <body>
+<main>
 {body}
+</main>
 </body>
 </html>
 """
@@ -132,6 +134,9 @@ def mend_page(body: Tag, online: str | None) -> None:
         del summary["aria-label"]
     for table in body.select("table[border]"):
         del table["border"]
+    for corner in body.select("th"):
+        if not corner.get_text(strip=True):
+            corner.name = "td"
     # Roles that EPUB no longer knows.
     for entry in body.select("[role=doc-biblioentry], [role=list]"):
         del entry["role"]

@@ -1,7 +1,8 @@
 """Links that need the repository's address: launch, edit, issues, downloads, canonical addresses.
 
 The address is known only where the book is published: GitHub Actions sets ``GITHUB_REPOSITORY``
-to ``owner/name``. Anywhere else the pages have none of these links, hence no dead one.
+to ``owner/name``. Anywhere else the pages have none of these links, hence no dead one. It serves
+every builder.
 """
 
 from __future__ import annotations
