@@ -41,7 +41,9 @@ book: $(STAMP)  ## build the book as HTML, warnings are errors
 	@$(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
 	$(SAY) "Open $(CURDIR)/_build/html/index.html"
 
-offline: book  ## make one zip of the book that needs no network
+offline: book  ## make one zip of the book that needs no network, and an EPUB
+	$(SAY) "Building the EPUB"
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going --builder custom --custom-builder epub
 	@$(PY) tools/offline.py
 
 test: $(STAMP)  ## check style and types, run every test and every notebook

@@ -15,17 +15,16 @@ sys.path.append(str(ROOT / "book" / "_ext"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """The book, built anew with every warning an error; once, however many workers there are."""
-    shared = tmp_path_factory.getbasetemp()
+def build(factory, builder, *options):
+    """Run a builder with every warning an error; once, however many workers there are."""
+    shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     out = shared / "site"
-    with FileLock(shared / "site.lock"):
-        if not (out / "done").is_file():
+    with FileLock(shared / f"{builder}.lock"):
+        if not (out / f"{builder}.done").is_file():
             program = "from jupyter_book.cli.main import main; main()"
-            options = ["-W", "-n", "--keep-going", "--path-output", str(out)]
+            options = ["-W", "-n", "--keep-going", "--path-output", str(out), *options]
             done = subprocess.run(
                 [sys.executable, "-c", program, "build", ".", *options],
                 cwd=ROOT,
@@ -34,8 +33,22 @@ def site(tmp_path_factory):
                 text=True,
             )
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            (out / "done").touch()
-    return out / "_build" / "html"
+            (out / f"{builder}.done").touch()
+    return out / "_build" / builder
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The folder of the book's pages."""
+    return build(tmp_path_factory, "html")
+
+
+@pytest.fixture(scope="session")
+def epub(site, tmp_path_factory):
+    """The path of the book's EPUB; it is written from what the pages have read."""
+    folder = build(tmp_path_factory, "epub", "--builder", "custom", "--custom-builder", "epub")
+    (path,) = folder.glob("*.epub")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -155,6 +155,11 @@ def test_zip_opens_without_a_server(site, browser, tmp_path):
     page.click("nav.bd-docs-nav a:has-text('Which axes?')")
     page.wait_for_url("**/which-axes.html")
     assert page.locator("article h1").inner_text().startswith("1. Which axes?")
+    cell = page.locator(".axis-explorer [role=gridcell]").last
+    cell.click()
+    assert "n=1, c=1" in page.locator(".axis-explorer [aria-live]").first.inner_text()
+    page.goto(f"{(tmp_path / offline.NAME / 'search.html').as_uri()}?q=Bessel")
+    page.wait_for_selector("#search-results li a")
     assert problems == []
     assert all(url.startswith(("file:", "data:")) for url in asked)
     page.close()

@@ -3,10 +3,12 @@
     python tools/offline.py
 
 The zip holds one folder; open its `index.html`. Two runs on the same pages give the same bytes.
+The built EPUB, which is one file already, is laid beside it.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -31,9 +33,11 @@ def pack(site: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     site = ROOT / "_build" / "html"
-    target = ROOT / "_build" / "offline" / f"{NAME}.zip"
+    folder = ROOT / "_build" / "offline"
     try:
-        pack(site, target)
+        pack(site, folder / f"{NAME}.zip")
+        shutil.copyfile(ROOT / "_build" / "epub" / f"{NAME}.epub", folder / f"{NAME}.epub")
     except FileNotFoundError as problem:
-        sys.exit(f"{problem}: run `make book` first")
-    print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e6:.1f} MB")
+        sys.exit(f"{problem}: run `make offline`, which builds both first")
+    for made in sorted(folder.iterdir()):
+        print(f"{made.relative_to(ROOT)}: {made.stat().st_size / 1e6:.1f} MB")

@@ -1,7 +1,7 @@
 """Refuse a picture without real alternative text, in text and in notebook outputs alike.
 
 Without this check a missing alternative becomes the file's name, which automatic accessibility
-checkers accept and a reader who cannot see the picture cannot use.
+checkers accept and a reader who cannot see the picture cannot use. It serves every builder.
 """
 
 from __future__ import annotations

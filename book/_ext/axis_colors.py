@@ -1,7 +1,8 @@
 """Colour the letters N, C, H, W wherever they mean the four axes of a batch of images.
 
 In mathematics a standing-alone letter becomes ``{\\htmlClass{axis-n}{N}}``; in the comments of
-Python code it becomes ``<span class="axis-n">N</span>``. The colours are in `book.css`.
+Python code it becomes ``<span class="axis-n">N</span>``. The colours are in `book.css`, and in
+`epub.css`: it serves the builders ``html`` and ``epub``.
 """
 
 from __future__ import annotations

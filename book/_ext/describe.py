@@ -2,6 +2,7 @@
 
 The description is the page's first paragraph of prose, as plain text. With an address (see
 `repository.py`) there are also a picture for link previews, a site map and a page for lost readers.
+It serves the builder ``html``; `epub.py` takes its own description from the same paragraph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The directive ``axis-explorer``: the figure of `bnlib.plotting`, in a Markdown page."""
+"""The directive ``axis-explorer``: the figure of `bnlib.plotting`, in a Markdown page.
+
+The builder ``html`` shows the figure. `epub.py` drops its script, which leaves the table inside.
+"""
 
 from __future__ import annotations
 

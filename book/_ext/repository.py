@@ -1,7 +1,8 @@
-"""Links that need the repository's address: launch, edit, issues, canonical addresses.
+"""Links that need the repository's address: launch, edit, issues, downloads, canonical addresses.
 
 The address is known only where the book is published: GitHub Actions sets ``GITHUB_REPOSITORY``
-to ``owner/name``. Anywhere else the pages have none of these links, hence no dead one.
+to ``owner/name``. Anywhere else the pages have none of these links, hence no dead one. It serves
+every builder.
 """
 
 from __future__ import annotations
@@ -36,11 +37,22 @@ def settings(repository: str) -> tuple[str, dict]:
     }
 
 
+def downloads(base: str, name: str) -> str:
+    """The sentence of the front page about the files that are published beside the pages."""
+    return (
+        f"The whole book is also [one zip of web pages]({base}{name}.zip), which opens in a "
+        f"browser without a network, and [an EPUB]({base}{name}.epub)."
+    )
+
+
 def fill(app: Sphinx, config: Config) -> None:
     repository = os.environ.get("GITHUB_REPOSITORY", "")
+    text = ""
     if repository:
         config.html_baseurl, options = settings(repository)
         config.html_theme_options = {**config.html_theme_options, **options}
+        text = downloads(config.html_baseurl, config.epub_basename)
+    config.myst_substitutions = {**config.myst_substitutions, "downloads": text}
 
 
 def setup(app: Sphinx) -> dict:
