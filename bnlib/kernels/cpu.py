@@ -1,18 +1,18 @@
 # mypy: disable-error-code="no-untyped-def"
 """The four primitives for CPU tensors, compiled by Numba.
 
-An input is looked at in one of two ways. *Rows*, (N, C, L): loops run over the L neighbours of
-one channel of one sample. *Panels*, (M, K): loops run over neighbours that belong to different
-channels, each with sums of its own; so are channels_last and (N, C) inputs and short rows. Any
-strides that are neither contiguous nor channels_last are copied first.
+An input is looked at in one of two ways. *Rows*, (N, C, L): vectors run along the L neighbours of
+one channel of one sample. *Panels*, (M, K): they run along neighbours that belong to different
+channels, each with sums of its own; so are channels_last and (N, C) inputs. Any strides that are
+neither contiguous nor channels_last are copied first. The vectors are those of
+:mod:`bnlib.kernels.lanes`.
 
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
 results are merged in a fixed order: the bits do not depend on the number of threads.
 
-Statistics are those of small tiles, merged in float64 (:func:`bnlib.merge`). A tile of a row takes
-float64 sums of d and d², where d is the distance from its first value; a tile of eight rows of a
-panel stays in registers for two passes. That is not E[x²] - E[x]²: however large the mean, it drops
-out before anything is squared.
+Sums are taken in tiles, in the precision that the input is computed with, and go on in float64. For
+the statistics they are sums of d and d², where d is the distance from the mean of what came before,
+so that the mean drops out before anything is squared; :func:`bnlib.merge` joins the tiles.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def supports(x: Tensor) -> bool:
 # --- what runs on a thread ------------------------------------------------------------------------
 
 # No reordering: sums are taken as they are written.
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+_COMPILED: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+_OPTIONS = _COMPILED | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def _cached(decorate: Callable[..., Any]) -> Any:
@@ -150,13 +151,19 @@ def _merge(count, first, other, second):
 def _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var):
     """Mean, m2 and inv_std of channels c0 .. c1, rounded; move the running statistics, if any."""
     for c in range(c0, c1):  # below 0 by rounding, in a channel of equal values
-        stats[0, c], stats[1, c] = out[0, c], out[1, c] if out[1, c] > 0 else out[1, c] * 0
+        stats[0, c], stats[1, c] = out[0, c], 0.0 if out[1, c] < 0 else out[1, c]
     for c in range(c0, c1):
         stats[2, c] = 1 / np.sqrt(stats[1, c] / np.float64(count) + eps)
     if running_mean.size:
         for c in range(c0, c1):
             running_mean[c] += momentum * (stats[0, c] - running_mean[c])
             running_var[c] += momentum * (stats[1, c] / np.float64(count - 1) - running_var[c])
+
+
+@_jit
+def _add_up(c0, c1, out, inv_std, sums):
+    for c in range(c0, c1):
+        sums[0, c], sums[1, c] = out[0, c], out[1, c] * inv_std[c]
 
 
 @_jit
@@ -168,22 +175,28 @@ def _coefficients(c, weight, inv_std, sums, count):
 
 
 @_jit
-def _write_bits(mask, at, bits, n):
-    """Bits ``at`` .. ``at`` + n of the mask; those before stay, those after are still to come."""
+def _write_bits(mask, at, bits, end):
+    """Bits from ``at`` on, but no byte from ``end`` on; what stands before ``at`` stays."""
     byte, skip = at >> 3, at & 7
     bits <<= skip
     if skip:
         bits |= mask[byte] & ((1 << skip) - 1)
-    for k in range((skip + n + 7) >> 3):
-        mask[byte + k] = (bits >> (8 * k)) & 255
+    mask[byte] = bits & 255
+    if byte + 1 < end:
+        mask[byte + 1] = bits >> 8 & 255
+    if skip and byte + 2 < end:
+        mask[byte + 2] = bits >> 16 & 255
 
 
 @_jit
 def _read_bits(mask, at):
     """The bits from ``at`` on, 16 or more."""
     byte, last = at >> 3, mask.size - 1
-    low, middle, high = mask[byte], mask[min(byte + 1, last)], mask[min(byte + 2, last)]
-    return (np.int64(low) | np.int64(middle) << 8 | np.int64(high) << 16) >> (at & 7)
+    if byte + 3 <= last:  # one load
+        low, high = np.int64(mask[byte + 1]) << 8, np.int64(mask[byte + 2]) << 16
+        return (np.int64(mask[byte]) | low | high | np.int64(mask[byte + 3]) << 24) >> (at & 7)
+    low, high = np.int64(mask[min(byte + 1, last)]) << 8, np.int64(mask[min(byte + 2, last)]) << 16
+    return (np.int64(mask[byte]) | low | high) >> (at & 7)
 
 
 # Rows: x is (N, C, L), vectors run along the L neighbours of one channel.
@@ -237,8 +250,8 @@ def _rows_normalize(
                 v = as_stored(y, at_least(v, floor))
                 store(y, at + i, size - i, v)
                 if mask.size:
-                    where = c * bits + n * size + i
-                    _write_bits(mask, where, positive(v), min(width, size - i))
+                    end = (c * bits + (n + 1) * size + 7) >> 3
+                    _write_bits(mask, c * bits + n * size + i, positive(v), end)
 
 
 @_jit
@@ -339,9 +352,7 @@ def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
 
 
 @_jit
-def _panel_normalize(
-    x, residual, y, mask, columns, weight, bias, stats, floor, k0, k1, r0, r1
-):
+def _panel_normalize(x, residual, y, mask, columns, weight, bias, stats, floor, k0, k1, r0, r1):
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     floor = spread(x, floor)
     means, shifts = _per_column(stats[0], k0, k1), _per_column(bias, k0, k1)
@@ -357,7 +368,7 @@ def _panel_normalize(
             v = as_stored(y, at_least(v, floor))
             store(y, at + k, size - k, v)
             if mask.size:
-                _write_bits(mask, at + k, positive(v), min(width, size - k))
+                _write_bits(mask, at + k, positive(v), (at + size + 7) >> 3)
 
 
 @_jit
@@ -411,9 +422,9 @@ def _panel_gradient(
 
 
 # A kernel is a C function of one array of integers: the number of the next task, which every thread
-# that runs the kernel draws from, then flags, lengths and addresses. It runs the phases that it is
-# told to: tasks that measure, which also apply where they have seen all of their channels; then,
-# on one thread, the merging of what they measured; then tasks that apply.
+# that runs the kernel draws from, then flags, lengths and addresses. It takes the steps that it is
+# told to: tasks that measure, which apply at once what has been measured of all rows; the merging
+# of what the tasks have measured, on one thread; tasks that apply.
 
 _MEASURE, _MERGE, _APPLY = 1, 2, 4
 
@@ -421,71 +432,67 @@ _MEASURE, _MERGE, _APPLY = 1, 2, 4
 def _forward_kernel(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        phases, at_once, panel = a[1], a[2] != 0, a[3] != 0
-        blocks, splits, rows, channels, size = a[4], a[5], a[6], a[7], a[8]
+        steps, panel, blocks, splits = a[1], a[2] != 0, a[3], a[4]
+        rows, channels, size = a[5], a[6], a[7]
         elements, count, columns = rows * channels * size, rows * size, channels * size
-        unit, wide = (8, 16) if panel else (1, 1)
-        x = numba.carray(_pointer(a[9], stored), elements)
-        mask = numba.carray(_pointer(a[10], numba.uint8), a[11])
-        weight = numba.carray(_pointer(a[12], number), channels)
-        stats = numba.carray(_pointer(a[13], number), (3, channels))
-        partial = numba.carray(_pointer(a[14], numba.float64), (splits, 2, channels))
-        y = numba.carray(_pointer(a[15], stored), elements)
-        residual = numba.carray(_pointer(a[16], stored), elements if a[16] else 0)
-        bias = numba.carray(_pointer(a[17], number), channels)
-        running_mean = numba.carray(_pointer(a[18], number), channels if a[18] else 0)
-        running_var = numba.carray(_pointer(a[19], number), channels if a[19] else 0)
-        eps, momentum, floor = _real(a[20]), _real(a[21]), _real(a[22])
-        while phases & _MEASURE:
-            task = _take(p)
-            if task >= blocks * splits:
-                break
-            c0, c1 = _cut(task // splits, blocks, channels, wide)
-            r0, r1 = _cut(task % splits, splits, rows, unit)
-            k1 = columns if blocks == 1 else c1
-            out = partial[task % splits]
-            if panel:
-                _panel_moments(x, weight, channels, columns, c0, k1, r0, r1, out)
-            else:
-                for c in range(c0, c1):
-                    out[0, c], out[1, c] = _rows_moments(x, channels, size, c, r0, r1)
-            if splits == 1:
-                _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
-                if at_once and panel:
-                    _panel_normalize(
-                        x, residual, y, mask, columns, weight, bias, stats, floor, c0, k1, r0, r1
-                    )
-                elif at_once:
-                    _rows_normalize(
-                        x, residual, y, mask, channels, size, weight, bias, stats, floor,
-                        c0, c1, r0, r1,
-                    )  # fmt: skip
-        if phases & _MERGE:
-            before = np.float64(_cut(0, splits, rows, unit)[1] * size)
-            for s in range(1, splits):
-                r0, r1 = _cut(s, splits, rows, unit)
-                _merge(before, partial[0], np.float64((r1 - r0) * size), partial[s])
-                before += (r1 - r0) * size
-            _finish(0, channels, count, partial[0], eps, momentum, stats, running_mean, running_var)
-            a[0] = 0
-        if mask.size:
-            unit = 8  # samples, so that no two tasks share a byte
-        while phases & _APPLY:
-            task = _take(p)
-            if task >= blocks * splits:
-                break
-            c0, c1 = _cut(task // splits, blocks, channels, wide)
-            r0, r1 = _cut(task % splits, splits, rows, unit)
-            k1 = columns if blocks == 1 else c1
-            if panel:
-                _panel_normalize(
-                    x, residual, y, mask, columns, weight, bias, stats, floor, c0, k1, r0, r1
+        x = numba.carray(_pointer(a[8], stored), elements)
+        mask = numba.carray(_pointer(a[9], numba.uint8), a[10])
+        weight = numba.carray(_pointer(a[11], number), channels)
+        stats = numba.carray(_pointer(a[12], number), (3, channels))
+        partial = numba.carray(_pointer(a[13], numba.float64), (splits, 2, channels))
+        y = numba.carray(_pointer(a[14], stored), elements)
+        residual = numba.carray(_pointer(a[15], stored), elements if a[15] else 0)
+        bias = numba.carray(_pointer(a[16], number), channels)
+        running_mean = numba.carray(_pointer(a[17], number), channels if a[17] else 0)
+        running_var = numba.carray(_pointer(a[18], number), channels if a[18] else 0)
+        eps, momentum, floor = _real(a[19]), _real(a[20]), _real(a[21])
+        at_once = steps == _MEASURE | _APPLY
+        wide, unit = (16, 8) if panel else (1, 1)
+        for step in (_MEASURE, _MERGE, _APPLY):
+            if not steps & step:
+                continue
+            if step == _MERGE:
+                before = np.float64(_cut(0, splits, rows, unit)[1] * size)
+                for s in range(1, splits):
+                    r0, r1 = _cut(s, splits, rows, unit)
+                    _merge(before, partial[0], np.float64((r1 - r0) * size), partial[s])
+                    before += (r1 - r0) * size
+                _finish(
+                    0, channels, count, partial[0], eps, momentum, stats, running_mean, running_var
                 )
-            else:
-                _rows_normalize(
-                    x, residual, y, mask, channels, size, weight, bias, stats, floor,
-                    c0, c1, r0, r1,
-                )  # fmt: skip
+                a[0] = 0
+                continue
+            if step == _APPLY and mask.size:
+                unit = 8  # so that no two tasks share a byte
+            while True:
+                task = _take(p)
+                if task >= blocks * splits:
+                    break
+                c0, c1 = _cut(task // splits, blocks, channels, wide)
+                r0, r1 = _cut(task % splits, splits, rows, unit)
+                k1 = columns if blocks == 1 else c1
+                if step == _MEASURE:
+                    out = partial[task % splits]
+                    if panel:
+                        _panel_moments(x, weight, channels, columns, c0, k1, r0, r1, out)
+                    else:
+                        for c in range(c0, c1):
+                            out[0, c], out[1, c] = _rows_moments(x, channels, size, c, r0, r1)
+                    if splits == 1:
+                        _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
+                if step == _APPLY or at_once:
+                    if panel:
+                        _panel_normalize(
+                            x, residual, y, mask, columns, weight, bias, stats, floor,
+                            c0, k1, r0, r1,
+                        )  # fmt: skip
+                    else:
+                        _rows_normalize(
+                            x, residual, y, mask, channels, size, weight, bias, stats, floor,
+                            c0, c1, r0, r1,
+                        )  # fmt: skip
+            if at_once:
+                break
 
     return kernel
 
@@ -493,79 +500,71 @@ def _forward_kernel(stored, number):
 def _backward_kernel(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        phases, at_once, panel = a[1], a[2] != 0, a[3] != 0
-        blocks, splits, rows, channels, size = a[4], a[5], a[6], a[7], a[8]
+        steps, panel, blocks, splits = a[1], a[2] != 0, a[3], a[4]
+        rows, channels, size = a[5], a[6], a[7]
         elements, columns = rows * channels * size, channels * size
-        unit, wide = (8, 16) if panel else (1, 1)
-        x = numba.carray(_pointer(a[9], stored), elements)
-        mask = numba.carray(_pointer(a[10], numba.uint8), a[11])
-        weight = numba.carray(_pointer(a[12], number), channels)
-        sums = numba.carray(_pointer(a[13], number), (2, channels))
-        partial = numba.carray(_pointer(a[14], numba.float64), (splits, 2, channels))
-        dx = numba.carray(_pointer(a[15], stored), elements)
-        dy = numba.carray(_pointer(a[16], stored), elements)
-        masked_dy = numba.carray(_pointer(a[17], stored), elements if a[17] else 0)
-        mean = numba.carray(_pointer(a[18], number), channels)
-        inv_std = numba.carray(_pointer(a[19], number), channels)
-        count = a[20]
-        while phases & _MEASURE:
-            task = _take(p)
-            if task >= blocks * splits:
+        x = numba.carray(_pointer(a[8], stored), elements)
+        mask = numba.carray(_pointer(a[9], numba.uint8), a[10])
+        weight = numba.carray(_pointer(a[11], number), channels)
+        sums = numba.carray(_pointer(a[12], number), (2, channels))
+        partial = numba.carray(_pointer(a[13], numba.float64), (splits, 2, channels))
+        dx = numba.carray(_pointer(a[14], stored), elements)
+        dy = numba.carray(_pointer(a[15], stored), elements)
+        masked_dy = numba.carray(_pointer(a[16], stored), elements if a[16] else 0)
+        mean = numba.carray(_pointer(a[17], number), channels)
+        inv_std = numba.carray(_pointer(a[18], number), channels)
+        count = a[19]
+        at_once = steps == _MEASURE | _APPLY
+        wide, unit = (16, 8) if panel else (1, 1)
+        for step in (_MEASURE, _MERGE, _APPLY):
+            if not steps & step:
+                continue
+            if step == _MERGE:
+                for i in range(1, splits):
+                    partial[0] += partial[i]
+                _add_up(0, channels, partial[0], inv_std, sums)
+                a[0] = 0
+                continue
+            while True:
+                task = _take(p)
+                if task >= blocks * splits:
+                    break
+                c0, c1 = _cut(task // splits, blocks, channels, wide)
+                r0, r1 = _cut(task % splits, splits, rows, unit)
+                k1 = columns if blocks == 1 else c1
+                if step == _MEASURE:
+                    out = partial[task % splits]
+                    if panel:
+                        _panel_gradient_sums(
+                            dy, x, mask, mean, channels, columns, c0, k1, r0, r1, out
+                        )
+                    else:
+                        for c in range(c0, c1):
+                            out[0, c], out[1, c] = _rows_gradient_sums(
+                                dy, x, mask, channels, size, mean, c, r0, r1
+                            )
+                    if splits == 1:
+                        _add_up(c0, c1, out, inv_std, sums)
+                if step == _APPLY or at_once:
+                    if panel:
+                        _panel_gradient(
+                            dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums,
+                            count, c0, k1, r0, r1,
+                        )  # fmt: skip
+                    else:
+                        _rows_gradient(
+                            dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std,
+                            sums, count, c0, c1, r0, r1,
+                        )  # fmt: skip
+            if at_once:
                 break
-            c0, c1 = _cut(task // splits, blocks, channels, wide)
-            r0, r1 = _cut(task % splits, splits, rows, unit)
-            k1 = columns if blocks == 1 else c1
-            out = partial[task % splits]
-            if panel:
-                _panel_gradient_sums(dy, x, mask, mean, channels, columns, c0, k1, r0, r1, out)
-            else:
-                for c in range(c0, c1):
-                    out[0, c], out[1, c] = _rows_gradient_sums(
-                        dy, x, mask, channels, size, mean, c, r0, r1
-                    )
-            if splits == 1:
-                for c in range(c0, c1):
-                    sums[0, c], sums[1, c] = out[0, c], out[1, c] * inv_std[c]
-                if at_once and panel:
-                    _panel_gradient(
-                        dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums, count,
-                        c0, k1, r0, r1,
-                    )  # fmt: skip
-                elif at_once:
-                    _rows_gradient(
-                        dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums,
-                        count, c0, c1, r0, r1,
-                    )  # fmt: skip
-        if phases & _MERGE:
-            for i in range(1, splits):
-                partial[0] += partial[i]
-            for c in range(channels):
-                sums[0, c], sums[1, c] = partial[0, 0, c], partial[0, 1, c] * inv_std[c]
-            a[0] = 0
-        while phases & _APPLY:
-            task = _take(p)
-            if task >= blocks * splits:
-                break
-            c0, c1 = _cut(task // splits, blocks, channels, wide)
-            r0, r1 = _cut(task % splits, splits, rows, unit)
-            k1 = columns if blocks == 1 else c1
-            if panel:
-                _panel_gradient(
-                    dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums, count,
-                    c0, k1, r0, r1,
-                )  # fmt: skip
-            else:
-                _rows_gradient(
-                    dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums,
-                    count, c0, c1, r0, r1,
-                )  # fmt: skip
 
     return kernel
 
 
 # --- threads --------------------------------------------------------------------------------------
 
-_ARGUMENTS = 23
+_ARGUMENTS = 22
 _Arguments = ctypes.c_int64 * _ARGUMENTS
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -576,9 +575,7 @@ def _compiled(make: Callable[..., Any], dtype: torch.dtype) -> Any:
     stored, number = _STORED[dtype]
     signature = types.void(types.CPointer(types.int64))
     kernel = _cached(
-        lambda cache: numba.cfunc(signature, cache=cache, fastmath={"contract"}, error_model="numpy")(
-            make(stored, number)
-        )
+        lambda cache: numba.cfunc(signature, cache=cache, **_COMPILED)(make(stored, number))
     )
     return kernel, kernel.address, _KERNEL(kernel.address)
 
@@ -619,19 +616,17 @@ def _own_threads() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def _start(make: Callable[..., Any], x: Tensor, arguments: Any, tasks: int) -> None:
-    """Run the phases of a kernel, with as many threads as torch uses."""
+    """Run the steps of a kernel, with as many threads as torch uses."""
     _, address, call = _compiled(make, x.dtype)
     threads = 1 if _after_fork or x.numel() < _SERIAL_BELOW else torch.get_num_threads()
     threads = min(threads, tasks)
     if threads == 1:
         call(arguments)
         return
-    phases = arguments[1]
-    for phase in (_MEASURE, _MERGE, _APPLY):
-        if not phases & phase:
-            continue
-        arguments[0], arguments[1] = 0, phase
-        if phase == _MERGE:
+    steps = arguments[1]
+    for step in (steps,) if steps == _MEASURE | _APPLY else (_MEASURE, _MERGE, _APPLY):
+        arguments[0], arguments[1] = 0, steps & step
+        if step == _MERGE:
             call(arguments)
         elif _openmp is not None:
             _openmp(address, arguments, threads, 0)
@@ -730,7 +725,7 @@ _madvise = _find_madvise()
 
 def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> Tensor:
     """Rows mean, m2 and inv_std."""
-    stats = torch.empty((3, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    stats = x.new_empty((3, x.shape[1]), dtype=_number_dtype(x))
     if mean is not None and inv_std is not None:
         stats[0], stats[2] = mean.detach(), inv_std.detach()
     return stats
@@ -760,9 +755,9 @@ def _forward(
     residual = None if residual is None else _lay_out(residual, plan)
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
     size = (plan.splits, 2, plan.channels)
-    partial = torch.empty(size, dtype=torch.float64, device=x.device) if measure else None
+    partial = x.new_empty(size, dtype=torch.float64) if measure else None
     arguments = _Arguments(
-        0, *_phases(plan, measure, apply), *plan[:6],
+        0, _steps(plan, measure, apply), *plan[:6],
         x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(), _address(partial),
         _address(y), _address(residual), bias.data_ptr(),
         *([_address(r) for r in running] or (0, 0)),
@@ -772,11 +767,9 @@ def _forward(
     return y
 
 
-def _phases(plan: _Plan, measure: bool, apply: bool) -> tuple[int, bool]:
-    """What a kernel is to do, and whether to apply right after measuring."""
-    at_once = measure and apply and plan.splits == 1
+def _steps(plan: _Plan, measure: bool, apply: bool) -> int:
     merge = measure and plan.splits > 1
-    return _MEASURE * measure + _MERGE * merge + _APPLY * (apply and not at_once), at_once
+    return _MEASURE * measure + _MERGE * merge + _APPLY * apply
 
 
 def _mask_of(mask: Tensor | None) -> tuple[int, int]:
@@ -885,11 +878,12 @@ def _backward(
         return dx
     mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
     size = (plan.splits, 2, plan.channels)
-    partial = torch.empty(size, dtype=torch.float64, device=x.device) if measure else None
+    partial = x.new_empty(size, dtype=torch.float64) if measure else None
     arguments = _Arguments(
-        0, *_phases(plan, measure, apply), *plan[:6],
+        0, _steps(plan, measure, apply), *plan[:6],
         x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(), _address(partial),
-        _address(dx), dy.data_ptr(), _address(dresidual), mean.data_ptr(), inv_std.data_ptr(), count,
+        _address(dx), dy.data_ptr(), _address(dresidual), mean.data_ptr(), inv_std.data_ptr(),
+        count,
     )  # fmt: skip
     _start(_backward_kernel, x, arguments, plan.blocks * plan.splits)
     return dx
@@ -914,7 +908,7 @@ def grad_sums(
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, True, False)
     first, second = sums.unbind()
     return first, second
@@ -945,7 +939,7 @@ def grad_input(
         Tensor of the shape, dtype and memory format of ``x``.
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
     count = max(count, 1)
     dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, False, True)
@@ -965,7 +959,7 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     count = max(count, 1)
     dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, True, True)
     assert dx is not None
