@@ -62,8 +62,13 @@ _STORED = {
 }
 _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
-_TILE = 2048  # neighbours in a row, and
-_ROWS = 128  # rows of a panel, whose sums may have the precision of the input
+# Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
+_TILE, _ROWS = 2048, 128
+
+
+# Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
+# the address waits for it.
+_APART = 80
 
 
 def supports(x: Tensor) -> bool:
@@ -315,7 +320,7 @@ def _per_column(values, k0, k1):
 def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
     """Mean and m2 of the channels of columns k0 .. k1 of rows r0 .. r1, to ``out[:, c]``."""
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
-    near, s, q = np.empty((3, size), like.dtype)
+    near, s, q = np.empty((3, size + _APART), like.dtype)
     mean, m2 = np.zeros((2, size))
     r, end = r0, min(r0 + 8, r1)
     eighth = spread(x, 1 / (end - r))
@@ -342,7 +347,7 @@ def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
             )
         for k in range(size):
             near[k] = mean[k]
-        r, end = end, min(end + min(end - r0, _ROWS), r1)
+        r, end = end, min(end + min(3 * (end - r0), _ROWS), r1)
     rows = r1 - r0
     for c in range(k0, min(k1, channels)):
         out[0, c], out[1, c] = mean[c - k0], m2[c - k0]
@@ -375,7 +380,7 @@ def _panel_normalize(x, residual, y, mask, columns, weight, bias, stats, floor, 
 def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, out):
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     middles = _per_column(mean, k0, k1)
-    s, q = np.empty((2, size), mean.dtype)
+    s, q = np.empty((2, size + _APART), mean.dtype)
     out[:, k0 : min(k1, channels)] = 0
     for r in range(r0, r1, _ROWS):
         s[:], q[:] = 0, 0
@@ -639,7 +644,7 @@ def _start(make: Callable[..., Any], x: Tensor, arguments: Any, tasks: int) -> N
 
 # --- what torch sees ------------------------------------------------------------------------------
 
-_WIDE = 1024  # columns, of which a panel's vectors fit into the L1 cache
+_WIDE = 2048
 
 
 class _Plan(NamedTuple):
@@ -667,11 +672,11 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
         return _Plan(False, blocks, splits, samples, channels, size, copy)
     copy = not like.movedim(1, -1).is_contiguous()
     rows, repeat = samples * size, 1
-    while channels and 2 * repeat * channels <= _WIDE // 2 and rows % (16 * repeat) == 0:
+    while channels and 2 * repeat * channels <= 512 and rows % (16 * repeat) == 0:
         repeat *= 2
     rows //= repeat
     blocks = -(-channels // _WIDE) if channels % 8 == 0 else 1  # a block's bits begin with a byte
-    splits = max(1, min(-(-rows // 8), 64, rows * (channels * repeat // blocks) >> 16))
+    splits = max(1, min(-(-rows // 8), 64, rows * (channels * repeat // blocks) >> 17))
     return _Plan(True, blocks, splits, rows, channels, repeat, copy)
 
 
