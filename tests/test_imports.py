@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "functional": {"axes", "moments", "reference", "kernels"},
     "nn": {"axes", "moments", "reference", "functional"},
     "kernels.__init__": set(),
-    "kernels.cpu": {"axes", "moments", "kernels"},
+    "kernels.lanes": set(),
+    "kernels.cpu": {"axes", "moments", "kernels", "kernels.lanes"},
     "kernels.gpu": {"axes", "moments", "kernels"},
     "distributed": {"axes", "moments"},
     "fold": {"axes"},
@@ -40,7 +41,7 @@ MAY_IMPORT_LATER = {
 # Outside packages with a price, and the only modules that may import them.
 ONLY_IN = {
     "triton": {"kernels.gpu"},
-    "numba": {"kernels.cpu"},
+    "numba": {"kernels.cpu", "kernels.lanes"},
     "matplotlib": {"plotting"},
     "sklearn": {"datasets"},
     "skimage": {"datasets"},

@@ -33,60 +33,39 @@ def channels_are_neighbours(x: Tensor) -> bool:
 def empty_mask(x: Tensor) -> Tensor:
     """Return an uninitialised ReLU mask for ``x``, a bit per element.
 
-    The eight bits of a byte belong to elements that are far apart, so that neighbours in memory
-    lie in neighbouring bytes under the same bit, and loops over them vectorise::
-
-        channels are neighbours:  (R, C),     bit r // R of byte (r % R, c),   R = ⌈N L / 8⌉
-        N is divisible by 8:      (J, C, L),  bit n // J of byte (n % J, c, l),  J = N / 8
-        otherwise:                (C, R),     bit r // R of byte (c, r % R),   R = ⌈N L / 8⌉
-
-    where r = n L + l numbers the positions.
-
-    The last byte of a channel may be padded; nothing else is.
+    The bits stand in the order of ``numpy.packbits(..., bitorder="little")``: where the channels
+    are neighbours, those of all elements as they lie in memory; otherwise a row for each channel,
+    in which the samples follow each other. A row is padded to a whole byte.
 
     Args:
         x: shape (N, C, ...); L is the product of the lengths after C.
 
     Returns:
-        uint8 tensor of the shape above.
+        uint8 tensor of shape (1, ⌈N L C / 8⌉) or (C, ⌈N L / 8⌉).
     """
-    samples, channels = x.shape[:2]
-    size = math.prod(x.shape[2:])
-    shape: tuple[int, ...] = (channels, -(-samples * size // 8))
-    if channels_are_neighbours(x):
-        shape = shape[::-1]
-    elif samples % 8 == 0:
-        shape = (samples // 8, channels, size)
-    return torch.empty(shape, dtype=torch.uint8, device=x.device)
+    rows = 1 if channels_are_neighbours(x) else x.shape[1]
+    columns = -(-x.numel() // (8 * max(rows, 1)))
+    return torch.empty((rows, columns), dtype=torch.uint8, device=x.device)
 
 
 def pack_mask(positive: Tensor, x: Tensor) -> Tensor:
     """Return the mask (see :func:`empty_mask`) for ``x`` of a bool tensor of its shape."""
     mask = empty_mask(x)
-    if channels_are_neighbours(x) or mask.dim() == 3:
-        flat = positive.movedim(1, -1).flatten() if mask.dim() == 2 else positive.flatten()
-        flat = torch.nn.functional.pad(flat, (0, 8 * mask.numel() - flat.numel()))
-        planes = flat.view(8, *mask.shape)
-    else:
-        channels, size = mask.shape
-        flat = positive.transpose(0, 1).reshape(channels, x.numel() // max(channels, 1))
-        flat = torch.nn.functional.pad(flat, (0, 8 * size - flat.shape[1]))
-        planes = flat.view(channels, 8, size).transpose(0, 1)
-    return mask.copy_(torch.sum(planes << _bits(planes), dim=0, dtype=torch.uint8))
+    order = positive.movedim(1, -1) if channels_are_neighbours(x) else positive.transpose(0, 1)
+    rows = order.reshape(mask.shape[0], x.numel() // max(mask.shape[0], 1))
+    rows = torch.nn.functional.pad(rows, (0, 8 * mask.shape[1] - rows.shape[1]))
+    return mask.copy_((rows.unflatten(1, (-1, 8)) << _bits(x)).sum(2, dtype=torch.uint8))
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     """Return the bool tensor of the shape of ``x`` that :func:`pack_mask` packed."""
-    planes = (mask.unsqueeze(0) >> _bits(mask.unsqueeze(0)) & 1).bool()
+    bits = (mask.unsqueeze(2) >> _bits(x) & 1).bool().flatten(1)
+    bits = bits[:, : x.numel() // max(mask.shape[0], 1)]
+    samples, channels, *rest = x.shape
     if channels_are_neighbours(x):
-        samples, channels, *rest = x.shape
-        return planes.flatten()[: x.numel()].view(samples, *rest, channels).movedim(-1, 1)
-    if mask.dim() == 3:
-        return planes.view(x.shape)
-    flat = planes.transpose(0, 1).flatten(1)[:, : x.numel() // max(x.shape[1], 1)]
-    return flat.reshape(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+        return bits.reshape(samples, *rest, channels).movedim(-1, 1)
+    return bits.reshape(channels, samples, *rest).transpose(0, 1)
 
 
-def _bits(planes: Tensor) -> Tensor:
-    bits = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    return bits.view(8, *(1,) * (planes.dim() - 1))
+def _bits(x: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=x.device)

@@ -1,18 +1,18 @@
 # mypy: disable-error-code="no-untyped-def"
 """The four primitives for CPU tensors, compiled by Numba.
 
-An input is looked at in one of two ways. *Rows*, (N, C, L): loops run over the L neighbours of
-one channel of one sample. *Panels*, (M, K): loops run over neighbours that belong to different
-channels, each with sums of its own; so are channels_last and (N, C) inputs and short rows. Any
-strides that are neither contiguous nor channels_last are copied first.
+An input is looked at in one of two ways. *Rows*, (N, C, L): vectors run along the L neighbours of
+one channel of one sample. *Panels*, (M, K): they run along neighbours that belong to different
+channels, each with sums of its own; so are channels_last and (N, C) inputs. Any strides that are
+neither contiguous nor channels_last are copied first. The vectors are those of
+:mod:`bnlib.kernels.lanes`.
 
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
 results are merged in a fixed order: the bits do not depend on the number of threads.
 
-Statistics are those of small tiles, merged in float64 (:func:`bnlib.merge`). A tile of a row takes
-float64 sums of d and d², where d is the distance from its first value; a tile of eight rows of a
-panel stays in registers for two passes. That is not E[x²] - E[x]²: however large the mean, it drops
-out before anything is squared.
+Sums are taken in tiles, in the precision that the input is computed with, and go on in float64. For
+the statistics they are sums of d and d², where d is the distance from the mean of what came before,
+so that the mean drops out before anything is squared; :func:`bnlib.merge` joins the tiles.
 """
 
 from __future__ import annotations
@@ -36,6 +36,18 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from bnlib.kernels import channels_are_neighbours
+from bnlib.kernels.lanes import (
+    as_stored,
+    at_least,
+    keep,
+    lanes_in,
+    load,
+    positive,
+    rounded,
+    spread,
+    store,
+    total,
+)
 from bnlib.moments import Moments
 
 # moments_and_normalize takes them as arguments and moves them.
@@ -50,7 +62,13 @@ _STORED = {
 }
 _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
-_TILE = 1024  # neighbours in a row whose sums may have the precision of the input
+# Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
+_TILE, _ROWS = 2048, 128
+
+
+# Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
+# the address waits for it.
+_APART = 80
 
 
 def supports(x: Tensor) -> bool:
@@ -65,11 +83,9 @@ def supports(x: Tensor) -> bool:
 
 # --- what runs on a thread ------------------------------------------------------------------------
 
-# Sums may be reordered and multiply-adds fused; NaN and infinity stay what they are.
-_FAST = {"reassoc", "contract", "nsz"}
-
-
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+# No reordering: sums are taken as they are written.
+_COMPILED: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+_OPTIONS = _COMPILED | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def _cached(decorate: Callable[..., Any]) -> Any:
@@ -81,12 +97,6 @@ def _cached(decorate: Callable[..., Any]) -> Any:
 
 def _jit(function: Callable[..., Any]) -> Any:
     return _cached(lambda cache: numba.njit(cache=cache, **_OPTIONS)(function))
-
-
-def _jit_in_order(function: Callable[..., Any]) -> Any:
-    """As _jit, with the additions as they are written."""
-    options = _OPTIONS | {"fastmath": {"contract"}}
-    return _cached(lambda cache: numba.njit(cache=cache, **options)(function))
 
 
 @intrinsic
@@ -118,104 +128,47 @@ def _real(typingctx, bits):
     )
 
 
-@intrinsic
-def _up(typingctx, v):
-    """An element as a number to compute with: 16-bit floats (see _STORED) as float32."""
-    if isinstance(v, types.Float):
-        return v(v), lambda context, builder, signature, args: args[0]
-
-    def convert(context, builder, signature, args):
-        if v == types.uint16:
-            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(wide, ir.FloatType())
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(v), convert
-
-
-@intrinsic
-def _down(typingctx, array, v):
-    """A number as an element of ``array``, rounded to nearest even."""
-    stored = array.dtype
-    if isinstance(stored, types.Float):
-        return stored(array, v), lambda context, builder, signature, args: context.cast(
-            builder, args[1], v, stored
-        )
-
-    def convert(context, builder, signature, args):
-        value = context.cast(builder, args[1], v, types.float32)
-        if stored == types.int16:
-            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
-        bits = builder.bitcast(value, ir.IntType(32))
-        odd = builder.and_(builder.lshr(bits, ir.IntType(32)(16)), ir.IntType(32)(1))
-        rounded = builder.add(bits, builder.add(odd, ir.IntType(32)(0x7FFF)))
-        high = builder.trunc(builder.lshr(rounded, ir.IntType(32)(16)), ir.IntType(16))
-        nan = builder.fcmp_unordered("uno", value, value)
-        return builder.select(nan, ir.IntType(16)(0x7FC0), high)
-
-    return stored(array, v), convert
-
-
-# Rows: x is (N, C, L), loops run over the L neighbours of one channel.
+@_jit
+def _cut(task, tasks, size, unit):
+    """The part of 0 .. size that belongs to a task, in units of so many."""
+    units = (size + unit - 1) // unit
+    return task * units // tasks * unit, min((task + 1) * units // tasks * unit, size)
 
 
 @_jit
-def _range(task, tasks, size):
-    """The part of 0 .. size that belongs to a task."""
-    return task * size // tasks, (task + 1) * size // tasks
+def _merged(count, mean, m2, other, other_mean, other_m2):
+    """:func:`bnlib.merge` of ``count`` values and ``other`` ones: mean and m2 of them all."""
+    share = other / (count + other)
+    d = other_mean - mean
+    return mean + d * share, m2 + (other_m2 + d * d * count * share)
+
+
+@_jit
+def _merge(count, first, other, second):
+    """The same for mean and m2 of every channel, to ``first``."""
+    for c in range(first.shape[1]):
+        first[0, c], first[1, c] = _merged(
+            count, first[0, c], first[1, c], other, second[0, c], second[1, c]
+        )
 
 
 @_jit
 def _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var):
     """Mean, m2 and inv_std of channels c0 .. c1, rounded; move the running statistics, if any."""
+    for c in range(c0, c1):  # below 0 by rounding, in a channel of equal values
+        stats[0, c], stats[1, c] = out[0, c], 0.0 if out[1, c] < 0 else out[1, c]
     for c in range(c0, c1):
-        m2 = out[1, c]
-        if m2 < 0:  # by rounding, in a channel of equal values
-            m2 = 0.0
-        stats[0, c], stats[1, c] = out[0, c], m2
-        stats[2, c] = 1 / np.sqrt(m2 / count + eps)
-        if running_mean.size:
+        stats[2, c] = 1 / np.sqrt(stats[1, c] / np.float64(count) + eps)
+    if running_mean.size:
+        for c in range(c0, c1):
             running_mean[c] += momentum * (stats[0, c] - running_mean[c])
-            running_var[c] += momentum * (stats[1, c] / (count - 1) - running_var[c])
-
-
-@_jit
-def _merge(partial, rows, per_row, eps, momentum, stats, running_mean, running_var):
-    """:func:`bnlib.merge` over the tasks that shared ``rows``; then as _finish."""
-    splits, _, channels = partial.shape
-    count = rows * per_row
-    total = np.zeros((2, channels))
-    for s in range(splits):
-        r0, r1 = _range(s, splits, rows)
-        share = (r1 - r0) / rows
-        for c in range(channels):
-            total[0, c] += share * (partial[s, 0, c] - partial[0, 0, c])
-    for c in range(channels):
-        total[0, c] += partial[0, 0, c]
-    for s in range(splits):
-        r0, r1 = _range(s, splits, rows)
-        part = (r1 - r0) * per_row
-        for c in range(channels):
-            d = partial[s, 0, c] - total[0, c]
-            total[1, c] += partial[s, 1, c] + part * d * d
-    _finish(0, channels, count, total, eps, momentum, stats, running_mean, running_var)
+            running_var[c] += momentum * (stats[1, c] / np.float64(count - 1) - running_var[c])
 
 
 @_jit
 def _add_up(c0, c1, out, inv_std, sums):
     for c in range(c0, c1):
         sums[0, c], sums[1, c] = out[0, c], out[1, c] * inv_std[c]
-
-
-@_jit
-def _add_up_all(partial, inv_std, sums):
-    splits, _, channels = partial.shape
-    total = np.zeros((2, channels))
-    for s in range(splits):
-        for i in range(2):
-            for c in range(channels):
-                total[i, c] += partial[s, i, c]
-    _add_up(0, channels, total, inv_std, sums)
 
 
 @_jit
@@ -227,514 +180,396 @@ def _coefficients(c, weight, inv_std, sums, count):
 
 
 @_jit
-def _mask_piece(n, c, i, x, mask):
-    """Where the mask bits of x[n, c, i:] begin: bit, place in the flat mask, and for how long."""
-    samples, channels, size = x.shape
-    if samples % 8 == 0:  # (J, C, L)
-        groups = samples // 8
-        return n // groups, (n % groups * channels + c) * size + i, size - i
-    width = mask.shape[1]  # (C, R)
-    bit, j = divmod(n * size + i, width)
-    return bit, c * width + j, min(size - i, width - j)
+def _write_bits(mask, at, bits, end):
+    """Bits from ``at`` on, but no byte from ``end`` on; what stands before ``at`` stays."""
+    byte, skip = at >> 3, at & 7
+    bits <<= skip
+    if skip:
+        bits |= mask[byte] & ((1 << skip) - 1)
+    mask[byte] = bits & 255
+    if byte + 1 < end:
+        mask[byte + 1] = bits >> 8 & 255
+    if skip and byte + 2 < end:
+        mask[byte + 2] = bits >> 16 & 255
 
 
 @_jit
-def _set_mask(y, mask, bit):
-    """Set this bit of the mask where y is not cut off, and clear those above."""
-    keep = np.uint8((1 << bit) - 1)  # the bits below, which are there already
-    one = np.uint8(1 << bit)
-    zero = type(_up(y[0]))(0)
-    for i in range(y.size):
-        mask[i] = (mask[i] & keep) | (np.uint8(0) if _up(y[i]) <= zero else one)
+def _read_bits(mask, at):
+    """The bits from ``at`` on, 16 or more."""
+    byte, last = at >> 3, mask.size - 1
+    if byte + 3 <= last:  # one load
+        low, high = np.int64(mask[byte + 1]) << 8, np.int64(mask[byte + 2]) << 16
+        return (np.int64(mask[byte]) | low | high | np.int64(mask[byte + 3]) << 24) >> (at & 7)
+    low, high = np.int64(mask[min(byte + 1, last)]) << 8, np.int64(mask[min(byte + 2, last)]) << 16
+    return (np.int64(mask[byte]) | low | high) >> (at & 7)
+
+
+# Rows: x is (N, C, L), vectors run along the L neighbours of one channel.
 
 
 @_jit
-def _apply_mask(dy, mask, bit, g):
-    one = np.uint8(1 << bit)
-    zero = type(dy[0])(0)  # of 16-bit floats as of the integers that they are here
-    for i in range(dy.size):
-        g[i] = dy[i] if mask[i] & one else zero
+def _rows_moments(x, channels, size, c, n0, n1):
+    """Mean and m2 of channel c of samples n0 .. n1."""
+    none, width = spread(x, 0.0), lanes_in(x)
+    per_tile = max(1, _TILE // size)
+    count, mean, m2 = 0, 0.0, 0.0
+    for n in range(n0, n1, per_tile):
+        n_end = min(n + per_tile, n1)
+        for i0 in range(0, size, _TILE):
+            i1 = min(i0 + _TILE, size)
+            if count == 0:
+                head = min(width, i1)
+                mean = total(load(x, (n * channels + c) * size, head, none)) / head
+            near = spread(x, mean)
+            s, q = none, none
+            for m in range(n, n_end):
+                at = (m * channels + c) * size
+                for i in range(i0, i1, width):
+                    d = load(x, at + i, i1 - i, near) - near
+                    s = s + d
+                    q = q + d * d
+            part, first, rest = (n_end - n) * (i1 - i0), rounded(x, mean), total(s)
+            mean, m2 = _merged(
+                count, mean, m2, part, first + rest / part, total(q) - rest * rest / part
+            )
+            count += part
+    return mean, m2
 
 
 @_jit
-def _row_moments(x):
-    """Mean and m2 of a tile, from float64 sums of the distances from its first value."""
-    first = np.float64(_up(x[0]))
-    s, q = 0.0, 0.0
-    for i in range(x.size):
-        d = np.float64(_up(x[i])) - first
-        s += d
-        q += d * d
-    return first + s / x.size, q - s * s / x.size
-
-
-@_jit
-def _row_apply(x, residual, y, mean, scale, bias, floor):
-    if residual.size:
-        for i in range(x.size):
-            v = (_up(x[i]) - mean) * scale + bias + _up(residual[i])
-            y[i] = _down(y, floor if v < floor else v)
-    else:
-        for i in range(x.size):
-            v = (_up(x[i]) - mean) * scale + bias
-            y[i] = _down(y, floor if v < floor else v)
-
-
-@_jit
-def _row_gradient_sums(dy, x, mean):
-    s, q = type(mean)(0), type(mean)(0)
-    for i in range(x.size):
-        g = _up(dy[i])
-        s += g
-        q += g * (_up(x[i]) - mean)
-    return np.float64(s), np.float64(q)
-
-
-@_jit
-def _row_gradient(dy, x, dx, in_place, mean, a, b, c):
-    if in_place:  # dy is dx, which a loop over two arrays would have to allow for
-        for i in range(x.size):
-            dx[i] = _down(dx, a * _up(dx[i]) + (b * (_up(x[i]) - mean) + c))
-    else:
-        for i in range(x.size):
-            dx[i] = _down(dx, a * _up(dy[i]) + (b * (_up(x[i]) - mean) + c))
-
-
-@_jit
-def _rows_moments(x, c0, c1, n0, n1, out):
-    """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, to ``out[c]``."""
-    size = x.shape[2]
-    for n in range(n0, n1):
-        for i in range(0, size, _TILE):
-            k = min(i + _TILE, size)
-            before = np.float64((n - n0) * size + i)
-            share = (k - i) / (before + (k - i))
-            for c in range(c0, c1):
-                mean, m2 = _row_moments(x[n, c, i:k])
-                if before == 0:
-                    out[0, c], out[1, c] = mean, m2
-                else:  # bnlib.merge
-                    d = mean - out[0, c]
-                    out[0, c] += d * share
-                    out[1, c] += m2 + d * d * before * share
-
-
-@_jit
-def _floor(stats, relu):
-    """What values are cut off below, so that loops need not ask whether there is a ReLU."""
-    number = type(stats[0, 0])
-    return number(0) if relu else number(-np.inf)
-
-
-@_jit
-def _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1):
-    size = x.shape[2]
-    floor = _floor(stats, relu)
-    flat = mask.reshape(mask.size)
+def _rows_normalize(
+    x, residual, y, mask, channels, size, weight, bias, stats, floor, c0, c1, n0, n1
+):
+    none, width = spread(x, 0.0), lanes_in(x)
+    floor = spread(x, floor)
+    bits = mask.size // channels * 8
     for n in range(n0, n1):
         for c in range(c0, c1):
-            mean, scale, b = stats[0, c], stats[2, c] * weight[c], bias[c]
-            res = residual[n, c] if residual.size else residual[0, 0]
-            _row_apply(x[n, c], res, y[n, c], mean, scale, b, floor)
-            i = 0 if mask.size else size
-            while i < size:
-                bit, start, length = _mask_piece(n, c, i, x, mask)
-                _set_mask(y[n, c, i : i + length], flat[start : start + length], bit)
-                i += length
-
-
-def _rows_forward(stored, number):
-    def kernel(p):
-        a = numba.carray(p, _ARGUMENTS)
-        measure, apply, relu, eps, momentum = a[1], a[2], a[3] != 0, _real(a[4]), _real(a[20])
-        blocks, splits, channels = a[5], a[6], a[7]
-        shape, mask_shape = (a[8], channels, a[9]), (a[10], a[11])
-        none = (np.int64(1), np.int64(1), np.int64(0))
-        x = numba.carray(_pointer(a[12], stored), shape)
-        residual = numba.carray(_pointer(a[13], stored), shape if a[13] else none)
-        y = numba.carray(_pointer(a[14], stored), shape)
-        mask = numba.carray(_pointer(a[15], numba.uint8), mask_shape)
-        weight = numba.carray(_pointer(a[16], number), channels)
-        bias = numba.carray(_pointer(a[17], number), channels)
-        stats = numba.carray(_pointer(a[18], number), (3, channels))
-        partial = numba.carray(_pointer(a[19], numba.float64), (splits, 2, channels))
-        running_mean = numba.carray(_pointer(a[21], number), channels if a[21] else 0)
-        running_var = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
-        # The samples of one channel share bytes of the mask.
-        cuts = np.int64(1) if apply and mask.size else splits
-        while True:
-            task = _take(p)
-            if task >= blocks * cuts:
-                break
-            c0, c1 = _range(task // cuts, blocks, channels)
-            n0, n1 = _range(task % cuts, cuts, shape[0])
-            if measure:
-                out = partial[task % cuts]
-                _rows_moments(x, c0, c1, n0, n1, out)
-                if splits == 1:
-                    count = shape[0] * shape[2]
-                    _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
-            if apply:  # while these channels are in the cache, if all has been measured
-                _rows_normalize(x, residual, y, mask, weight, bias, stats, relu, c0, c1, n0, n1)
-
-    return kernel
-
-
-@_jit
-def _rows_gradient_sums(dy, x, g, mask, mean, c0, c1, n0, n1, out):
-    """Also write the masked dy to g, which without a mask is dy."""
-    size = x.shape[2]
-    flat = mask.reshape(mask.size)
-    out[0, c0:c1] = 0.0
-    out[1, c0:c1] = 0.0
-    for n in range(n0, n1):
-        for c in range(c0, c1):
-            i = 0
-            while i < size:
-                k = min(i + _TILE, size)
+            mean, shift = spread(x, stats[0, c]), spread(x, bias[c])
+            scale = spread(x, stats[2, c] * weight[c])
+            at = (n * channels + c) * size
+            for i in range(0, size, width):
+                v = (load(x, at + i, size - i, none) - mean) * scale + shift
+                if residual.size:
+                    v = v + load(residual, at + i, size - i, none)
+                v = as_stored(y, at_least(v, floor))
+                store(y, at + i, size - i, v)
                 if mask.size:
-                    bit, start, length = _mask_piece(n, c, i, x, mask)
-                    length = min(length, _TILE)
-                    k = i + length
-                    _apply_mask(dy[n, c, i:k], flat[start : start + length], bit, g[n, c, i:k])
-                s, q = _row_gradient_sums(g[n, c, i:k], x[n, c, i:k], mean[c])
-                out[0, c] += s
-                out[1, c] += q
-                i = k
+                    end = (c * bits + (n + 1) * size + 7) >> 3
+                    _write_bits(mask, c * bits + n * size + i, positive(v), end)
 
 
 @_jit
-def _rows_gradient(dy, x, dx, in_place, weight, mean, inv_std, sums, count, c0, c1, n0, n1):
-    number = type(mean[0])
+def _rows_gradient_sums(dy, x, mask, channels, size, mean, c, n0, n1):
+    none, width, middle = spread(x, 0.0), lanes_in(x), spread(x, mean[c])
+    bits = mask.size // channels * 8
+    per_tile = max(1, _TILE // size)
+    sum_dy, sum_dy_x = 0.0, 0.0
+    for n in range(n0, n1, per_tile):
+        for i0 in range(0, size, _TILE):
+            i1 = min(i0 + _TILE, size)
+            s, q = none, none
+            for m in range(n, min(n + per_tile, n1)):
+                at = (m * channels + c) * size
+                for i in range(i0, i1, width):
+                    g = load(dy, at + i, i1 - i, none)
+                    if mask.size:
+                        g = keep(_read_bits(mask, c * bits + m * size + i), g)
+                    s = s + g
+                    q = q + g * (load(x, at + i, i1 - i, none) - middle)
+            sum_dy += total(s)
+            sum_dy_x += total(q)
+    return sum_dy, sum_dy_x
+
+
+@_jit
+def _rows_gradient(
+    dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count, c0, c1, n0, n1
+):
+    none, width = spread(x, 0.0), lanes_in(x)
+    bits = mask.size // channels * 8
     for n in range(n0, n1):
         for ch in range(c0, c1):
             a, b, c = _coefficients(ch, weight, inv_std, sums, count)
-            _row_gradient(
-                dy[n, ch], x[n, ch], dx[n, ch], in_place, mean[ch], number(a), number(b), number(c)
-            )
+            a, b, c, middle = spread(x, a), spread(x, b), spread(x, c), spread(x, mean[ch])
+            at = (n * channels + ch) * size
+            for i in range(0, size, width):
+                g = load(dy, at + i, size - i, none)
+                if mask.size:
+                    g = keep(_read_bits(mask, ch * bits + n * size + i), g)
+                if masked_dy.size:
+                    store(masked_dy, at + i, size - i, g)
+                v = load(x, at + i, size - i, none) - middle
+                store(dx, at + i, size - i, a * g + (b * v + c))
 
 
-def _rows_backward(stored, number):
-    def kernel(p):
-        a = numba.carray(p, _ARGUMENTS)
-        measure, apply, count = a[1], a[2], a[4]
-        blocks, splits, channels = a[5], a[6], a[7]
-        shape, mask_shape = (a[8], channels, a[9]), (a[10], a[11])
-        dy = numba.carray(_pointer(a[12], stored), shape)
-        x = numba.carray(_pointer(a[13], stored), shape)
-        dx = numba.carray(_pointer(a[14], stored), shape)
-        g = numba.carray(_pointer(a[15], stored), shape)
-        mask = numba.carray(_pointer(a[16], numba.uint8), mask_shape)
-        weight = numba.carray(_pointer(a[17], number), channels)
-        mean = numba.carray(_pointer(a[18], number), channels)
-        inv_std = numba.carray(_pointer(a[19], number), channels)
-        sums = numba.carray(_pointer(a[20], number), (2, channels))
-        partial = numba.carray(_pointer(a[21], numba.float64), (splits, 2, channels))
-        while True:
-            task = _take(p)
-            if task >= blocks * splits:
-                break
-            c0, c1 = _range(task // splits, blocks, channels)
-            n0, n1 = _range(task % splits, splits, shape[0])
-            out = partial[task % splits]
-            if measure or mask.size:
-                _rows_gradient_sums(dy, x, g, mask, mean, c0, c1, n0, n1, out)
-            if measure and splits == 1:
-                _add_up(c0, c1, out, inv_std, sums)
-            if apply:
-                in_place = a[14] == a[15]
-                _rows_gradient(
-                    g, x, dx, in_place, weight, mean, inv_std, sums, count, c0, c1, n0, n1
-                )
-
-    return kernel
-
-
-# Panels: x is (M, K), loops run over K neighbours that belong to many channels. Column k is of
-# channel k % C if there are ``repeat`` positions in a row (then size = 1), else of k // size.
-# Sums take eight rows at a time, which stay in registers, and go on in float64.
+# Panels: x is (M, K), vectors run along K neighbours, column k of channel k % C.
 
 
 @_jit
-def _panel_columns(x, repeat, size, c0, c1):
-    return (0, x.shape[1]) if repeat > 1 else (c0 * size, c1 * size)
-
-
-@_jit
-def _spread(values, repeat, size, c0, c1, out):
+def _per_column(values, k0, k1):
     """One value per channel to one per column."""
-    k = 0
-    for _ in range(repeat):
-        if size == 1:
-            for c in range(c1 - c0):
-                out[k + c] = values[c0 + c]
-            k += c1 - c0
-            continue
-        for c in range(c0, c1):
-            for i in range(k, k + size):
-                out[i] = values[c]
-            k += size
+    out = np.empty(k1 - k0, values.dtype)
+    size = min(k1, values.size) - k0
+    for k in range(0, out.size, size):  # once for every position in a row
+        out[k : k + size] = values[k0 : k0 + size]
+    return out
 
 
 @_jit
-def _collect(columns, repeat, size, c0, c1, out):
-    """One value per column, summed to one per channel."""
-    for c in range(c0, c1):
-        out[c] = 0.0
-    k = 0
-    for _ in range(repeat):
-        if size == 1:
-            for c in range(c1 - c0):
-                out[c0 + c] += columns[k + c]
-            k += c1 - c0
-            continue
-        for c in range(c0, c1):
-            total = 0.0
-            for i in range(k, k + size):
-                total += columns[i]
-            out[c] += total
-            k += size
-
-
-@_jit_in_order
-def _eight_moments(x, r, k0, tiles, mean, m2):
-    """Merge rows r .. r + 8 into mean and m2 of 8 * tiles rows before them, column by column."""
-    k1 = k0 + mean.size
-    x0, x1, x2, x3 = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
-    x4, x5, x6, x7 = x[r + 4, k0:k1], x[r + 5, k0:k1], x[r + 6, k0:k1], x[r + 7, k0:k1]
-    eighth = type(_up(x[0, 0]))(0.125)
-    share, part = 1.0 / (tiles + 1), 8.0 * tiles / (tiles + 1)
-    for k in range(mean.size):
-        a, b, c, d = _up(x0[k]), _up(x1[k]), _up(x2[k]), _up(x3[k])
-        e, f, g, h = _up(x4[k]), _up(x5[k]), _up(x6[k]), _up(x7[k])
-        # Distances from the first value give a mean, and those from it the rest.
-        near = (((b - a) + (c - a)) + ((d - a) + (e - a))) + (((f - a) + (g - a)) + (h - a))
-        near = a + near * eighth
-        a, b, c, d = a - near, b - near, c - near, d - near
-        e, f, g, h = e - near, f - near, g - near, h - near
-        s = ((a + b) + (c + d)) + ((e + f) + (g + h))
-        q = ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (g * g + h * h))
-        rest = s * eighth
-        delta = (np.float64(near) - mean[k]) + np.float64(rest)
-        mean[k] += delta * share
-        m2[k] += np.float64(q - s * rest) + delta * delta * part
-
-
-@_jit
-def _panel_moments(x, repeat, size, r0, r1, c0, c1, out):
-    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
-    width = k1 - k0
-    mean, m2 = np.zeros(width), np.zeros(width)
-    tiles = (r1 - r0) // 8
-    for t in range(tiles):
-        _eight_moments(x, r0 + 8 * t, k0, t, mean, m2)
-    for r in range(r0 + 8 * tiles, r1):
-        xr, share = x[r, k0:k1], 1.0 / (r - r0 + 1)
-        for k in range(width):
-            d = np.float64(_up(xr[k])) - mean[k]
-            mean[k] += d * share
-            m2[k] += d * d * (1.0 - share)
-    # The columns of a channel have as many rows each.
-    columns, middle = np.float64(repeat * size), np.empty(width)
-    first = np.empty(c1)
-    for c in range(c0, c1):
-        first[c] = mean[(c - c0) * size]
-    _spread(first, repeat, size, c0, c1, middle)
-    for k in range(width):
-        middle[k] = mean[k] - middle[k]
-    _collect(middle, repeat, size, c0, c1, out[0])
-    for c in range(c0, c1):
-        out[0, c] = first[c] + out[0, c] / columns
-    _spread(out[0], repeat, size, c0, c1, middle)
-    for k in range(width):
-        d = mean[k] - middle[k]
-        m2[k] += d * d * (r1 - r0)
-    _collect(m2, repeat, size, c0, c1, out[1])
-
-
-@_jit
-def _panel_normalize(x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1):
-    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
-    mean, scale, shift = np.empty((3, k1 - k0), stats.dtype)
-    factor = np.empty(c1, stats.dtype)
-    for c in range(c0, c1):
-        factor[c] = stats[2, c] * weight[c]
-    _spread(stats[0], repeat, size, c0, c1, mean)
-    _spread(factor, repeat, size, c0, c1, scale)
-    _spread(bias, repeat, size, c0, c1, shift)
-    floor = _floor(stats, relu)
-    # With a mask r0 .. r1 are its rows, of which each stands for eight of x.
-    rows, groups = x.shape[0], mask.shape[0]
-    for bit in range(8 if mask.size else 1):
-        for j in range(r0, min(r1, rows - bit * groups) if mask.size else r1):
-            r = bit * groups + j
-            xr, yr = x[r, k0:k1], y[r, k0:k1]
-            if residual.size:
-                res = residual[r, k0:k1]
-                for k in range(xr.size):
-                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k] + _up(res[k])
-                    yr[k] = _down(y, floor if v < floor else v)
-            else:
-                for k in range(xr.size):
-                    v = (_up(xr[k]) - mean[k]) * scale[k] + shift[k]
-                    yr[k] = _down(y, floor if v < floor else v)
-            if mask.size:
-                _set_mask(yr, mask[j, k0:k1], bit)
-
-
-def _panel_forward(stored, number):
-    def kernel(p):
-        a = numba.carray(p, _ARGUMENTS)
-        measure, apply, relu, eps, momentum = a[1], a[2], a[3] != 0, _real(a[4]), _real(a[20])
-        blocks, splits, channels = a[5], a[6], a[7]
-        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[23], a[24]
-        none = (np.int64(1), np.int64(0))
-        x = numba.carray(_pointer(a[12], stored), shape)
-        residual = numba.carray(_pointer(a[13], stored), shape if a[13] else none)
-        y = numba.carray(_pointer(a[14], stored), shape)
-        mask = numba.carray(_pointer(a[15], numba.uint8), mask_shape)
-        weight = numba.carray(_pointer(a[16], number), channels)
-        bias = numba.carray(_pointer(a[17], number), channels)
-        stats = numba.carray(_pointer(a[18], number), (3, channels))
-        partial = numba.carray(_pointer(a[19], numba.float64), (splits, 2, channels))
-        running_mean = numba.carray(_pointer(a[21], number), channels if a[21] else 0)
-        running_var = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
-        while True:
-            task = _take(p)
-            if task >= blocks * splits:
-                break
-            c0, c1 = _range(task // splits, blocks, channels)
-            if measure:
-                r0, r1 = _range(task % splits, splits, shape[0])
-                out = partial[task % splits]
-                _panel_moments(x, repeat, size, r0, r1, c0, c1, out)
-                if splits == 1:
-                    count = shape[0] * repeat * size
-                    _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
-            if apply:
-                r0, r1 = _range(task % splits, splits, mask_shape[0] if mask.size else shape[0])
-                _panel_normalize(
-                    x, residual, y, mask, weight, bias, stats, relu, repeat, size, r0, r1, c0, c1
-                )
-
-    return kernel
-
-
-@_jit_in_order
-def _eight_gradient_sums(dy, x, r, k0, mean, s, q):
-    """Add rows r .. r + 8 to the sums of every column."""
-    k1 = k0 + mean.size
-    x0, x1, x2, x3 = x[r, k0:k1], x[r + 1, k0:k1], x[r + 2, k0:k1], x[r + 3, k0:k1]
-    x4, x5, x6, x7 = x[r + 4, k0:k1], x[r + 5, k0:k1], x[r + 6, k0:k1], x[r + 7, k0:k1]
-    g0, g1, g2, g3 = dy[r, k0:k1], dy[r + 1, k0:k1], dy[r + 2, k0:k1], dy[r + 3, k0:k1]
-    g4, g5, g6, g7 = dy[r + 4, k0:k1], dy[r + 5, k0:k1], dy[r + 6, k0:k1], dy[r + 7, k0:k1]
-    for k in range(mean.size):
-        m = mean[k]
-        a, b, c, d = _up(g0[k]), _up(g1[k]), _up(g2[k]), _up(g3[k])
-        e, f, g, h = _up(g4[k]), _up(g5[k]), _up(g6[k]), _up(g7[k])
-        s[k] += np.float64(((a + b) + (c + d)) + ((e + f) + (g + h)))
-        first = (a * (_up(x0[k]) - m) + b * (_up(x1[k]) - m)) + (
-            c * (_up(x2[k]) - m) + d * (_up(x3[k]) - m)
-        )
-        second = (e * (_up(x4[k]) - m) + f * (_up(x5[k]) - m)) + (
-            g * (_up(x6[k]) - m) + h * (_up(x7[k]) - m)
-        )
-        q[k] += np.float64(first + second)
-
-
-@_jit
-def _panel_gradient_sums(dy, x, g, mask, mean, repeat, size, r0, r1, c0, c1, out):
-    """Also write the masked dy to g, which without a mask is dy."""
-    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
-    width = k1 - k0
-    middle, s, q = np.empty(width, mean.dtype), np.zeros(width), np.zeros(width)
-    _spread(mean, repeat, size, c0, c1, middle)
-    groups = mask.shape[0]
-    for r in range(r0, r1, 8):
-        end = min(r + 8, r1)
-        if mask.size:
-            for i in range(r, end):
-                bit, j = divmod(i, groups)
-                _apply_mask(dy[i, k0:k1], mask[j, k0:k1], bit, g[i, k0:k1])
-        if end - r == 8:
-            _eight_gradient_sums(g, x, r, k0, middle, s, q)
-            continue
+def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
+    """Mean and m2 of the channels of columns k0 .. k1 of rows r0 .. r1, to ``out[:, c]``."""
+    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
+    near, s, q = np.empty((3, size + _APART), like.dtype)
+    mean, m2 = np.zeros((2, size))
+    r, end = r0, min(r0 + 8, r1)
+    eighth = spread(x, 1 / (end - r))
+    for k in range(0, size, width):
+        first = none
         for i in range(r, end):
-            gi, xi = g[i, k0:k1], x[i, k0:k1]
-            for k in range(width):
-                s[k] += np.float64(_up(gi[k]))
-                q[k] += np.float64(_up(gi[k]) * (_up(xi[k]) - middle[k]))
-    _collect(s, repeat, size, c0, c1, out[0])
-    _collect(q, repeat, size, c0, c1, out[1])
+            first = first + load(x, i * columns + k0 + k, size - k, none) * eighth
+        store(near, k, size - k, first)
+    while r < r1:
+        s[:], q[:] = 0, 0
+        for i in range(r, end):
+            at = i * columns + k0
+            for k in range(0, size, width):
+                left = size - k
+                d = load(x, at + k, left, none) - load(near, k, left, none)
+                store(s, k, left, load(s, k, left, none) + d)
+                store(q, k, left, load(q, k, left, none) + d * d)
+        part = np.float64(end - r)
+        before, share = np.float64(r - r0), 1 / part
+        for k in range(size):
+            rest = s[k] * share
+            mean[k], m2[k] = _merged(
+                before, mean[k], m2[k], part, near[k] + rest, q[k] - s[k] * rest
+            )
+        for k in range(size):
+            near[k] = mean[k]
+        r, end = end, min(end + min(3 * (end - r0), _ROWS), r1)
+    rows = r1 - r0
+    for c in range(k0, min(k1, channels)):
+        out[0, c], out[1, c] = mean[c - k0], m2[c - k0]
+        for j in range(1, size // channels):
+            k = c + j * channels
+            out[0, c], out[1, c] = _merged(j * rows, out[0, c], out[1, c], rows, mean[k], m2[k])
+
+
+@_jit
+def _panel_normalize(x, residual, y, mask, columns, weight, bias, stats, floor, k0, k1, r0, r1):
+    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
+    floor = spread(x, floor)
+    means, shifts = _per_column(stats[0], k0, k1), _per_column(bias, k0, k1)
+    scales = _per_column(stats[2] * weight, k0, k1)
+    for r in range(r0, r1):
+        at = r * columns + k0
+        for k in range(0, size, width):
+            mean, shift = load(means, k, size - k, none), load(shifts, k, size - k, none)
+            scale = load(scales, k, size - k, none)
+            v = (load(x, at + k, size - k, none) - mean) * scale + shift
+            if residual.size:
+                v = v + load(residual, at + k, size - k, none)
+            v = as_stored(y, at_least(v, floor))
+            store(y, at + k, size - k, v)
+            if mask.size:
+                _write_bits(mask, at + k, positive(v), (at + size + 7) >> 3)
+
+
+@_jit
+def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, out):
+    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
+    middles = _per_column(mean, k0, k1)
+    s, q = np.empty((2, size + _APART), mean.dtype)
+    out[:, k0 : min(k1, channels)] = 0
+    for r in range(r0, r1, _ROWS):
+        s[:], q[:] = 0, 0
+        for i in range(r, min(r + _ROWS, r1)):
+            at = i * columns + k0
+            for k in range(0, size, width):
+                left = size - k
+                g = load(dy, at + k, left, none)
+                if mask.size:
+                    g = keep(_read_bits(mask, at + k), g)
+                d = load(x, at + k, left, none) - load(middles, k, left, none)
+                store(s, k, left, load(s, k, left, none) + g)
+                store(q, k, left, load(q, k, left, none) + g * d)
+        for j in range(0, size, channels):
+            for k in range(j, min(j + channels, size)):
+                out[0, k0 + k - j] += s[k]
+                out[1, k0 + k - j] += q[k]
 
 
 @_jit
 def _panel_gradient(
-    dy, x, dx, in_place, weight, mean, inv_std, sums, count, repeat, size, r0, r1, c0, c1
+    dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums, count, k0, k1, r0, r1
 ):
-    k0, k1 = _panel_columns(x, repeat, size, c0, c1)
-    factors = np.empty((3, c1), mean.dtype)
-    for ch in range(c0, c1):
+    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
+    factors = np.empty((3, mean.size), mean.dtype)
+    for ch in range(mean.size):
         factors[0, ch], factors[1, ch], factors[2, ch] = _coefficients(
             ch, weight, inv_std, sums, count
         )
-    a, b, c, middle = np.empty((4, k1 - k0), mean.dtype)
-    _spread(factors[0], repeat, size, c0, c1, a)
-    _spread(factors[1], repeat, size, c0, c1, b)
-    _spread(factors[2], repeat, size, c0, c1, c)
-    _spread(mean, repeat, size, c0, c1, middle)
+    all_a, all_b = _per_column(factors[0], k0, k1), _per_column(factors[1], k0, k1)
+    all_c, middles = _per_column(factors[2], k0, k1), _per_column(mean, k0, k1)
     for r in range(r0, r1):
-        xr, gr, dr = x[r, k0:k1], dy[r, k0:k1], dx[r, k0:k1]
-        if in_place:  # as in _row_gradient
-            for k in range(xr.size):
-                dr[k] = _down(dx, a[k] * _up(dr[k]) + (b[k] * (_up(xr[k]) - middle[k]) + c[k]))
-        else:
-            for k in range(xr.size):
-                dr[k] = _down(dx, a[k] * _up(gr[k]) + (b[k] * (_up(xr[k]) - middle[k]) + c[k]))
+        at = r * columns + k0
+        for k in range(0, size, width):
+            a, b = load(all_a, k, size - k, none), load(all_b, k, size - k, none)
+            c, middle = load(all_c, k, size - k, none), load(middles, k, size - k, none)
+            g = load(dy, at + k, size - k, none)
+            if mask.size:
+                g = keep(_read_bits(mask, at + k), g)
+            if masked_dy.size:
+                store(masked_dy, at + k, size - k, g)
+            v = load(x, at + k, size - k, none) - middle
+            store(dx, at + k, size - k, a * g + (b * v + c))
 
 
-def _panel_backward(stored, number):
+# A kernel is a C function of one array of integers: the number of the next task, which every thread
+# that runs the kernel draws from, then flags, lengths and addresses. It takes the steps that it is
+# told to: tasks that measure, which apply at once what has been measured of all rows; the merging
+# of what the tasks have measured, on one thread; tasks that apply.
+
+_MEASURE, _MERGE, _APPLY = 1, 2, 4
+
+
+def _forward_kernel(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        measure, apply, count = a[1], a[2], a[4]
-        blocks, splits, channels = a[5], a[6], a[7]
-        shape, mask_shape, repeat, size = (a[8], a[9]), (a[10], a[11]), a[23], a[24]
-        dy = numba.carray(_pointer(a[12], stored), shape)
-        x = numba.carray(_pointer(a[13], stored), shape)
-        dx = numba.carray(_pointer(a[14], stored), shape)
-        g = numba.carray(_pointer(a[15], stored), shape)
-        mask = numba.carray(_pointer(a[16], numba.uint8), mask_shape)
-        weight = numba.carray(_pointer(a[17], number), channels)
-        mean = numba.carray(_pointer(a[18], number), channels)
-        inv_std = numba.carray(_pointer(a[19], number), channels)
-        sums = numba.carray(_pointer(a[20], number), (2, channels))
-        partial = numba.carray(_pointer(a[21], numba.float64), (splits, 2, channels))
-        while True:
-            task = _take(p)
-            if task >= blocks * splits:
+        steps, panel, blocks, splits = a[1], a[2] != 0, a[3], a[4]
+        rows, channels, size = a[5], a[6], a[7]
+        elements, count, columns = rows * channels * size, rows * size, channels * size
+        x = numba.carray(_pointer(a[8], stored), elements)
+        mask = numba.carray(_pointer(a[9], numba.uint8), a[10])
+        weight = numba.carray(_pointer(a[11], number), channels)
+        stats = numba.carray(_pointer(a[12], number), (3, channels))
+        partial = numba.carray(_pointer(a[13], numba.float64), (splits, 2, channels))
+        y = numba.carray(_pointer(a[14], stored), elements)
+        residual = numba.carray(_pointer(a[15], stored), elements if a[15] else 0)
+        bias = numba.carray(_pointer(a[16], number), channels)
+        running_mean = numba.carray(_pointer(a[17], number), channels if a[17] else 0)
+        running_var = numba.carray(_pointer(a[18], number), channels if a[18] else 0)
+        eps, momentum, floor = _real(a[19]), _real(a[20]), _real(a[21])
+        at_once = steps == _MEASURE | _APPLY
+        wide, unit = (16, 8) if panel else (1, 1)
+        for step in (_MEASURE, _MERGE, _APPLY):
+            if not steps & step:
+                continue
+            if step == _MERGE:
+                before = np.float64(_cut(0, splits, rows, unit)[1] * size)
+                for s in range(1, splits):
+                    r0, r1 = _cut(s, splits, rows, unit)
+                    _merge(before, partial[0], np.float64((r1 - r0) * size), partial[s])
+                    before += (r1 - r0) * size
+                _finish(
+                    0, channels, count, partial[0], eps, momentum, stats, running_mean, running_var
+                )
+                a[0] = 0
+                continue
+            if step == _APPLY and mask.size:
+                unit = 8  # so that no two tasks share a byte
+            while True:
+                task = _take(p)
+                if task >= blocks * splits:
+                    break
+                c0, c1 = _cut(task // splits, blocks, channels, wide)
+                r0, r1 = _cut(task % splits, splits, rows, unit)
+                k1 = columns if blocks == 1 else c1
+                if step == _MEASURE:
+                    out = partial[task % splits]
+                    if panel:
+                        _panel_moments(x, weight, channels, columns, c0, k1, r0, r1, out)
+                    else:
+                        for c in range(c0, c1):
+                            out[0, c], out[1, c] = _rows_moments(x, channels, size, c, r0, r1)
+                    if splits == 1:
+                        _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
+                if step == _APPLY or at_once:
+                    if panel:
+                        _panel_normalize(
+                            x, residual, y, mask, columns, weight, bias, stats, floor,
+                            c0, k1, r0, r1,
+                        )  # fmt: skip
+                    else:
+                        _rows_normalize(
+                            x, residual, y, mask, channels, size, weight, bias, stats, floor,
+                            c0, c1, r0, r1,
+                        )  # fmt: skip
+            if at_once:
                 break
-            c0, c1 = _range(task // splits, blocks, channels)
-            r0, r1 = _range(task % splits, splits, shape[0])
-            out = partial[task % splits]
-            if measure or mask.size:
-                _panel_gradient_sums(dy, x, g, mask, mean, repeat, size, r0, r1, c0, c1, out)
-            if measure and splits == 1:
-                _add_up(c0, c1, out, inv_std, sums)
-            if apply:
-                in_place = a[14] == a[15]
-                _panel_gradient(
-                    g, x, dx, in_place, weight, mean, inv_std, sums, count,
-                    repeat, size, r0, r1, c0, c1,
-                )  # fmt: skip
+
+    return kernel
+
+
+def _backward_kernel(stored, number):
+    def kernel(p):
+        a = numba.carray(p, _ARGUMENTS)
+        steps, panel, blocks, splits = a[1], a[2] != 0, a[3], a[4]
+        rows, channels, size = a[5], a[6], a[7]
+        elements, columns = rows * channels * size, channels * size
+        x = numba.carray(_pointer(a[8], stored), elements)
+        mask = numba.carray(_pointer(a[9], numba.uint8), a[10])
+        weight = numba.carray(_pointer(a[11], number), channels)
+        sums = numba.carray(_pointer(a[12], number), (2, channels))
+        partial = numba.carray(_pointer(a[13], numba.float64), (splits, 2, channels))
+        dx = numba.carray(_pointer(a[14], stored), elements)
+        dy = numba.carray(_pointer(a[15], stored), elements)
+        masked_dy = numba.carray(_pointer(a[16], stored), elements if a[16] else 0)
+        mean = numba.carray(_pointer(a[17], number), channels)
+        inv_std = numba.carray(_pointer(a[18], number), channels)
+        count = a[19]
+        at_once = steps == _MEASURE | _APPLY
+        wide, unit = (16, 8) if panel else (1, 1)
+        for step in (_MEASURE, _MERGE, _APPLY):
+            if not steps & step:
+                continue
+            if step == _MERGE:
+                for i in range(1, splits):
+                    partial[0] += partial[i]
+                _add_up(0, channels, partial[0], inv_std, sums)
+                a[0] = 0
+                continue
+            while True:
+                task = _take(p)
+                if task >= blocks * splits:
+                    break
+                c0, c1 = _cut(task // splits, blocks, channels, wide)
+                r0, r1 = _cut(task % splits, splits, rows, unit)
+                k1 = columns if blocks == 1 else c1
+                if step == _MEASURE:
+                    out = partial[task % splits]
+                    if panel:
+                        _panel_gradient_sums(
+                            dy, x, mask, mean, channels, columns, c0, k1, r0, r1, out
+                        )
+                    else:
+                        for c in range(c0, c1):
+                            out[0, c], out[1, c] = _rows_gradient_sums(
+                                dy, x, mask, channels, size, mean, c, r0, r1
+                            )
+                    if splits == 1:
+                        _add_up(c0, c1, out, inv_std, sums)
+                if step == _APPLY or at_once:
+                    if panel:
+                        _panel_gradient(
+                            dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums,
+                            count, c0, k1, r0, r1,
+                        )  # fmt: skip
+                    else:
+                        _rows_gradient(
+                            dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std,
+                            sums, count, c0, c1, r0, r1,
+                        )  # fmt: skip
+            if at_once:
+                break
 
     return kernel
 
 
 # --- threads --------------------------------------------------------------------------------------
 
-# A kernel is a C function of one array of integers: the number of the next task, which every thread
-# that runs the kernel draws from, then flags, lengths and addresses.
-_ARGUMENTS = 25
+_ARGUMENTS = 22
 _Arguments = ctypes.c_int64 * _ARGUMENTS
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -745,9 +580,7 @@ def _compiled(make: Callable[..., Any], dtype: torch.dtype) -> Any:
     stored, number = _STORED[dtype]
     signature = types.void(types.CPointer(types.int64))
     kernel = _cached(
-        lambda cache: numba.cfunc(signature, cache=cache, fastmath=_FAST, error_model="numpy")(
-            make(stored, number)
-        )
+        lambda cache: numba.cfunc(signature, cache=cache, **_COMPILED)(make(stored, number))
     )
     return kernel, kernel.address, _KERNEL(kernel.address)
 
@@ -787,76 +620,69 @@ def _own_threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "bnlib")
 
 
-def _start(make: Callable[..., Any], x: Tensor, arguments: Any) -> None:
-    """Run all tasks of a kernel, on as many threads as torch uses."""
+def _start(make: Callable[..., Any], x: Tensor, arguments: Any, tasks: int) -> None:
+    """Run the steps of a kernel, with as many threads as torch uses."""
     _, address, call = _compiled(make, x.dtype)
     threads = 1 if _after_fork or x.numel() < _SERIAL_BELOW else torch.get_num_threads()
-    threads = min(threads, arguments[5] * arguments[6])
-    arguments[0] = 0
+    threads = min(threads, tasks)
     if threads == 1:
         call(arguments)
-    elif _openmp is not None:
-        _openmp(address, arguments, threads, 0)
-    else:
-        others = [_own_threads().submit(call, arguments) for _ in range(threads - 1)]
-        call(arguments)
-        for other in others:
-            other.result()
+        return
+    steps = arguments[1]
+    for step in (steps,) if steps == _MEASURE | _APPLY else (_MEASURE, _MERGE, _APPLY):
+        arguments[0], arguments[1] = 0, steps & step
+        if step == _MERGE:
+            call(arguments)
+        elif _openmp is not None:
+            _openmp(address, arguments, threads, 0)
+        else:
+            others = [_own_threads().submit(call, arguments) for _ in range(threads - 1)]
+            call(arguments)
+            for other in others:
+                other.result()
 
 
 # --- what torch sees ------------------------------------------------------------------------------
 
-_SHORT = 100  # positions; rows shorter than this are better looked at as a panel
-_WIDE = 1024  # columns, of which a panel's vectors fit into the L1 cache
+_WIDE = 2048
 
 
 class _Plan(NamedTuple):
-    """How an input is looked at, and how its work is cut: a function of shape and layout alone."""
+    """How an input is looked at, and how its work is cut: a function of shape and strides alone."""
 
-    lanes: bool  # the channels are neighbours
-    panel: bool
+    panel: bool  # the channels are neighbours
     blocks: int  # cuts of the channels
-    splits: int  # cuts of the samples
-    shape: tuple[int, int]  # of the kernel's view: (N, L) of (N, C, L), or the panel's (M, K)
-    mask: tuple[int, int]
-    repeat: int = 1
-    size: int = 1
+    splits: int  # cuts of the rows
+    rows: int  # samples, or rows of the panel
+    channels: int
+    size: int  # neighbours of one channel, or positions in one row of the panel
+    copy: bool  # must be laid out first
 
 
 @functools.lru_cache(maxsize=4096)
-def _cut(lanes: bool, samples: int, channels: int, size: int) -> _Plan:
-    if lanes:
-        rows, repeat = samples * size, 1
-        while channels and 2 * repeat * channels <= _WIDE // 2 and rows % (16 * repeat) == 0:
-            repeat *= 2
-        rows //= repeat
-        blocks = -(-channels // _WIDE)
-        splits = max(1, min(rows, 64, rows * (channels * repeat // blocks) >> 16))
-        shape = (rows, channels * repeat)
-        return _Plan(True, True, blocks, splits, shape, (-(-rows // 8), shape[1]), repeat)
-    eighths = samples % 8 == 0
-    if size < _SHORT and eighths:
-        blocks = max(min(channels, 16), -(-channels * size // _WIDE))
-        splits = 1 if blocks >= 16 else max(1, min(samples // 8, -(-16 // blocks)))
-        shape = (samples, channels * size)
-        return _Plan(False, True, blocks, splits, shape, (samples // 8, shape[1]), 1, size)
-    # A block reads at least 1024 neighbours at a time and, if it can, fits into the L2 cache.
-    blocks = min(channels, max(16, channels * size >> 10, samples * channels * size >> 17))
-    splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
-    mask = (1, samples // 8 * channels * size) if eighths else (channels, -(-samples * size // 8))
-    return _Plan(False, False, blocks, splits, (samples, size), mask)
-
-
-def _plan(x: Tensor) -> _Plan:
-    size = math.prod(x.shape[2:])
-    return _cut(channels_are_neighbours(x), x.shape[0], x.shape[1], size)
+def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
+    like = torch.empty_strided(shape, strides, device="meta")
+    samples, channels = shape[:2]
+    size = math.prod(shape[2:])
+    if not channels_are_neighbours(like):
+        # A block fits into the L2 cache if it can.
+        blocks = max(1, min(channels, max(16, samples * channels * size >> 17)))
+        splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
+        copy = not like.is_contiguous()
+        return _Plan(False, blocks, splits, samples, channels, size, copy)
+    copy = not like.movedim(1, -1).is_contiguous()
+    rows, repeat = samples * size, 1
+    while channels and 2 * repeat * channels <= 512 and rows % (16 * repeat) == 0:
+        repeat *= 2
+    rows //= repeat
+    blocks = -(-channels // _WIDE) if channels % 8 == 0 else 1  # a block's bits begin with a byte
+    splits = max(1, min(-(-rows // 8), 64, rows * (channels * repeat // blocks) >> 17))
+    return _Plan(True, blocks, splits, rows, channels, repeat, copy)
 
 
 def _lay_out(t: Tensor, plan: _Plan) -> Tensor:
     """``t`` itself if it already lies in memory as the plan has it, else a copy that does."""
-    if not plan.lanes:
-        return t.contiguous()
-    if t.dim() == 2:
+    if not plan.panel or t.dim() == 2:
         return t.contiguous()
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
@@ -904,7 +730,7 @@ _madvise = _find_madvise()
 
 def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> Tensor:
     """Rows mean, m2 and inv_std."""
-    stats = torch.empty((3, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    stats = x.new_empty((3, x.shape[1]), dtype=_number_dtype(x))
     if mean is not None and inv_std is not None:
         stats[0], stats[2] = mean.detach(), inv_std.detach()
     return stats
@@ -924,37 +750,35 @@ def _forward(
     running: tuple[Tensor, ...] = (),
     momentum: float = 0.0,
 ) -> Tensor | None:
-    plan = _plan(x)
-    x = _lay_out(x, plan)
+    plan = _plan(x.shape, x.stride())
+    if plan.copy:
+        x = _lay_out(x, plan)
     y = empty_like(x) if apply else None
     if x.numel() == 0:
         stats[:2] = 0
         return y
     residual = None if residual is None else _lay_out(residual, plan)
-    channels = x.shape[1]
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
-    size = (plan.splits, 2, channels)
-    partial = torch.empty(size, dtype=torch.float64, device=x.device) if measure else None
-    whole = plan.splits == 1  # every task has all of its channels: measure and apply at once
-    moved = [_address(r) for r in running] or (0, 0)
+    size = (plan.splits, 2, plan.channels)
+    partial = x.new_empty(size, dtype=torch.float64) if measure else None
     arguments = _Arguments(
-        0, measure, apply and (whole or not measure), relu, _bits_of(eps),
-        plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
-        x.data_ptr(), _address(residual), _address(y), _address(mask),
-        weight.data_ptr(), bias.data_ptr(), stats.data_ptr(),
-        _address(partial), _bits_of(momentum), *moved, plan.repeat, plan.size,
+        0, _steps(plan, measure, apply), *plan[:6],
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(), _address(partial),
+        _address(y), _address(residual), bias.data_ptr(),
+        *([_address(r) for r in running] or (0, 0)),
+        _bits_of(eps), _bits_of(momentum), _bits_of(0.0 if relu else -math.inf),
     )  # fmt: skip
-    kernel = _panel_forward if plan.panel else _rows_forward
-    _start(kernel, x, arguments)
-    if partial is not None and not whole:
-        rows = plan.shape[0]
-        arrays = [r.numpy() for r in running] or [np.empty(0, stats.numpy().dtype)] * 2
-        per_row = x.numel() // channels // rows
-        _merge(partial.numpy(), rows, per_row, eps, momentum, stats.numpy(), *arrays)
-        if apply:
-            arguments[1], arguments[2] = False, True
-            _start(kernel, x, arguments)
+    _start(_forward_kernel, x, arguments, plan.blocks * plan.splits)
     return y
+
+
+def _steps(plan: _Plan, measure: bool, apply: bool) -> int:
+    merge = measure and plan.splits > 1
+    return _MEASURE * measure + _MERGE * merge + _APPLY * apply
+
+
+def _mask_of(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else (mask.data_ptr(), mask.numel())
 
 
 def _bits_of(value: float) -> int:
@@ -1048,35 +872,25 @@ def _backward(
     measure: bool,
     apply: bool,
 ) -> Tensor | None:
-    plan = _plan(x)
-    x, dy = _lay_out(x, plan), _lay_out(dy, plan)
+    plan = _plan(x.shape, x.stride())
+    if plan.copy:
+        x = _lay_out(x, plan)
+    dy = _lay_out(dy, plan)
     dx = empty_like(x) if apply else None
     if x.numel() == 0:
         if measure:
             sums.zero_()
         return dx
-    channels = x.shape[1]
     mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
-    size = (plan.splits, 2, channels)
-    partial = torch.empty(size, dtype=torch.float64, device=x.device)
-    # The masked dy is written once, to where dx will be if nobody wants it.
-    g = dy if mask is None else dresidual if dresidual is not None else dx
-    g = empty_like(x) if g is None else g
-    whole = plan.splits == 1
+    size = (plan.splits, 2, plan.channels)
+    partial = x.new_empty(size, dtype=torch.float64) if measure else None
     arguments = _Arguments(
-        0, measure, apply and (whole or not measure), 0, count,
-        plan.blocks, plan.splits, channels, *plan.shape, *((1, 0) if mask is None else plan.mask),
-        dy.data_ptr(), x.data_ptr(), _address(dx), g.data_ptr(), _address(mask), weight.data_ptr(),
-        mean.data_ptr(), inv_std.data_ptr(), sums.data_ptr(),
-        partial.data_ptr(), 0, plan.repeat, plan.size,
+        0, _steps(plan, measure, apply), *plan[:6],
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(), _address(partial),
+        _address(dx), dy.data_ptr(), _address(dresidual), mean.data_ptr(), inv_std.data_ptr(),
+        count,
     )  # fmt: skip
-    kernel = _panel_backward if plan.panel else _rows_backward
-    _start(kernel, x, arguments)
-    if measure and not whole:
-        _add_up_all(partial.numpy(), inv_std.numpy(), sums.numpy())
-        if apply:
-            arguments[1], arguments[2], arguments[10], arguments[11] = False, True, 1, 0
-            _start(kernel, x, arguments)
+    _start(_backward_kernel, x, arguments, plan.blocks * plan.splits)
     return dx
 
 
@@ -1099,7 +913,7 @@ def grad_sums(
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, True, False)
     first, second = sums.unbind()
     return first, second
@@ -1130,7 +944,7 @@ def grad_input(
         Tensor of the shape, dtype and memory format of ``x``.
     """
     x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
     count = max(count, 1)
     dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, False, True)
@@ -1150,7 +964,7 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
-    sums = torch.empty((2, x.shape[1]), dtype=_number_dtype(x), device=x.device)
+    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     count = max(count, 1)
     dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, True, True)
     assert dx is not None
