@@ -96,7 +96,7 @@ def put_off(html: str) -> str:
     above, parts, end = 0.0, [], 0
     for block in _Reader(html).blocks:
         if above > FIRST and block.elements >= MANY and not block.whole:
-            size = f' style="--lines:{block.lines:.0f};--chars:{block.chars}"'
+            size = f' style="--lines:{block.lines:.1f};--chars:{block.chars}"'
             parts += [html[end : block.at], size]
             end = block.at
         above += block.height()

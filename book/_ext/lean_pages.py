@@ -279,6 +279,8 @@ def mend_page(html: str) -> str:
     html = re.sub(r'(<meta name="viewport"[^>]*>)(.*?)(?=</head>)', _one_viewport, html, flags=re.S)
     html = re.sub(r'\s*<meta name="docsearch:[^>]*>', "", html)
     html = re.sub(r'<div id="ethical-ad-placement".*?</div>', "", html, flags=re.S)
+    # A formula's source is no part of it, for whoever hears the page.
+    html = html.replace("<annotation ", '<annotation aria-hidden="true" ')
     # Icons say nothing; the shortcut is not part of the button's name.
     html = re.sub(
         r'<(i|span) class="(fa[sbr]?[ -][^"]*|theme-switch [^"]*)"',
@@ -339,8 +341,16 @@ def relink(html: str, prefix: str, style: str, script: str) -> str:
         for i, color in enumerate(("0072b2", "d55e00", "009e73", "cc79a7"))
     )
     picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
+    # Asked for at once, these two are there before the text is laid out, which they would move.
+    fonts = (
+        'if (location.protocol !== "file:") for (const name of ["Main-Regular", "Math-Italic"])'
+        ' document.head.append(Object.assign(document.createElement("link"), {'
+        ' rel: "preload", as: "font", type: "font/woff2", crossOrigin: "",'
+        f" href: `{prefix}_static/katex/fonts/KaTeX_${{name}}.woff2` }}));"
+    )
     head = (
-        f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
+        (f"<script>{fonts}</script>\n" if 'class="katex"' in html else "")
+        + f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
         f'<link rel="stylesheet" href="{prefix}_static/{style}" />\n'
         f'<script defer src="{prefix}_static/{script}"></script>\n'
     )
