@@ -14,6 +14,8 @@ from html.parser import HTMLParser
 from itertools import accumulate
 
 FIRST = 60  # lines that are laid out at once, whatever they hold: more than any window shows
+# What an element adds to the height of the text in it: margins, borders and unfinished lines.
+LINES = {"p": 0.4, "li": 0.4, "tr": 0.7, "pre": 1.7, "summary": 1.6}
 MANY = 30  # elements that make a block worth putting off
 
 _VOID = frozenset(("br", "hr", "img", "input", "link", "meta", "source", "wbr"))
@@ -56,13 +58,13 @@ class _Reader(HTMLParser):
             self.blocks.append(self.block)
             self.depth = len(self.open)
         if self.block:
-            self._count(self.block, tag, kind, attributes)
+            self._count(self.block, tag, kind, attributes, self.folded() and tag != "summary")
         if tag not in _VOID:
             self.open.append((tag, kind))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if self.block:
-            self._count(self.block, tag, "", dict(attrs))
+            self._count(self.block, tag, "", dict(attrs), self.folded())
 
     def handle_endtag(self, tag: str) -> None:
         if tag in _VOID:
@@ -72,8 +74,13 @@ class _Reader(HTMLParser):
         if self.block and len(self.open) <= self.depth:
             self.block = None
 
+    def folded(self) -> bool:
+        """Whether the reader is inside what a `details` shows only when it is opened."""
+        tags = [tag for tag, _ in self.open]
+        return "details" in tags and "summary" not in tags
+
     def handle_data(self, data: str) -> None:
-        if not self.block or any("katex-mathml" in kind for _, kind in self.open):
+        if not self.block or self.folded() or any("katex-mathml" in k for _, k in self.open):
             return
         if any(tag == "pre" for tag, _ in self.open):
             self.block.lines += 0.8 * data.count("\n")
@@ -81,14 +88,17 @@ class _Reader(HTMLParser):
             self.block.chars += len(data.strip())
 
     @staticmethod
-    def _count(block: _Block, tag: str, kind: str, attributes: dict[str, str | None]) -> None:
+    def _count(
+        block: _Block, tag: str, kind: str, attributes: dict[str, str | None], folded: bool
+    ) -> None:
         block.elements += 1
-        if tag in ("img", "script", "canvas", "iframe", "svg") and not block.formula:
-            block.whole = block.whole or tag != "svg"
-        if block.formula and kind == "strut":
+        if tag in ("img", "script", "canvas", "iframe"):
+            block.whole = True
+        elif block.formula and kind == "strut":
             found = _STRUT.search(attributes.get("style") or "")
             block.lines = max(block.lines, float(found[1]) * 0.75 + 1.1 if found else 0)
-        block.lines += {"p": 0.4, "li": 0.4, "tr": 0.7, "pre": 1.7}.get(tag, 0)
+        elif not folded:
+            block.lines += LINES.get(tag, 0)
 
 
 def put_off(html: str) -> str:
