@@ -358,8 +358,9 @@ def test_far_blocks_are_read_aloud(site, browser):
     )
     page = reading.new_page()
     page.goto(site.joinpath(*LONGEST).as_uri())
+    folded = ".dropdown, details > :not(summary)"
     formulas = page.evaluate(
-        "[...document.querySelectorAll('math')].filter(e => !e.closest('.dropdown')).length"
+        f"[...document.querySelectorAll('math')].filter(e => !e.closest('{folded}')).length"
     )
     sources = page.evaluate("[...document.querySelectorAll('annotation')].map(e => e.textContent)")
     session = page.context.new_cdp_session(page)
