@@ -21,7 +21,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help book offline test lab notebooks bench linkcheck clean
+.PHONY: help book offline test lab notebooks bench audit linkcheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +65,10 @@ notebooks: $(STAMP)  ## execute every notebook and store its outputs
 bench: $(STAMP)  ## measure the CPU kernels against PyTorch, on a quiet machine
 	$(SAY) "Measuring; this writes book/data/cpu.csv"
 	@$(PY) benchmarks/cpu.py
+
+audit: book  ## measure the pages with Lighthouse, on a quiet machine with Chromium
+	$(SAY) "Measuring; this writes the table in CONTRIBUTING.md (ten minutes)"
+	@$(PY) tools/audit.py
 
 linkcheck: $(STAMP)  ## check that the book's outside links answer
 	$(SAY) "Checking links"

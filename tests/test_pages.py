@@ -14,8 +14,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from alt_text import alt_problem
 from axe_playwright_python.sync_playwright import Axe
+from conftest import CHROMIUM
 
 LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
+MOST = 2_500  # elements that a browser must lay out before a page is there
 WIDTHS = (1280, 375)
 
 # axe looks at every node, and a chapter has tens of thousands of coloured words in code and boxes
@@ -83,6 +85,15 @@ def too_heavy(visit):
     return [f"{total / 1024:.0f} KB are loaded"] if total > LARGEST else []
 
 
+def too_much_at_once(visit):
+    """What is far down and large must wait: `far_blocks.py` and the style sheet see to that."""
+    now = visit.page.evaluate(
+        """() => [...document.querySelectorAll("body *")]
+          .filter((e) => e.checkVisibility({ contentVisibilityAuto: true })).length"""
+    )
+    return [f"{now} elements are laid out at once"] if now > MOST else []
+
+
 def overflow(visit):
     width = visit.page.evaluate("document.documentElement.scrollWidth")
     return [f"the page is {width} wide, the window {visit.width}"] if width > visit.width else []
@@ -141,7 +152,16 @@ def inaccessible_in_the_dark(visit):
     return inaccessible(visit)
 
 
-GATES = (other_hosts, errors, too_heavy, overflow, one_way_home, pictures, inaccessible)
+GATES = (
+    other_hosts,
+    errors,
+    too_heavy,
+    too_much_at_once,
+    overflow,
+    one_way_home,
+    pictures,
+    inaccessible,
+)
 
 
 def pages_of(site):
@@ -174,6 +194,7 @@ HEAVY = "".join(f"<!-- {i * 7919 % 100003:x} {i * 104729 % 999983:x} -->" for i 
         (errors, "<script>undefinedFunction()</script>"),
         (errors, "<script>console.error('no')</script>"),
         (too_heavy, HEAVY),
+        (too_much_at_once, "<b></b>" * MOST),
         (overflow, "<div style='width: 2000px; height: 1px'></div>"),
         (pictures, "<img src='../_static/minus.png' width=1 height=1 alt='figure.png'>"),
         (pictures, "<img src='missing.png' width=1 height=1 alt='A picture that is not there.'>"),
@@ -247,10 +268,124 @@ def test_folded_solution_opens_by_keyboard(site, browser):
     chapter = site / "book" / "axes" / "which-axes.html"
     with Visit(browser, chapter.as_uri()) as visit:
         button = visit.page.locator(".solution .toggle-button").first
-        assert button.get_attribute("aria-expanded") == "false"
+        inside = visit.page.locator(".solution > .admonition-title + *").first
+        assert button.get_attribute("aria-expanded") == "false" and not inside.is_visible()
         button.focus()
         visit.page.keyboard.press("Enter")
-        assert button.get_attribute("aria-expanded") == "true"
+        assert button.get_attribute("aria-expanded") == "true" and inside.is_visible()
+
+
+def test_solution_is_open_without_scripts(site, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((site / "book" / "axes" / "which-axes.html").as_uri())
+    assert page.locator(".solution > .admonition-title + *").first.is_visible()
+    context.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("mode", [None, "light", "dark"])
+def test_colours_never_change_while_a_page_opens(site, browser, theme, mode):
+    context = browser.new_context(color_scheme=theme)
+    page = context.new_page()
+    if mode:
+        page.add_init_script(f"localStorage.setItem('mode', '{mode}')")
+    page.add_init_script(
+        """window.themes = [];
+        new MutationObserver(() => themes.push(document.documentElement.dataset.theme))
+          .observe(document, { subtree: true, attributeFilter: ["data-theme"] })"""
+    )
+    page.goto((site / "book" / "glossary.html").as_uri())
+    page.wait_for_timeout(100)
+    assert set(page.evaluate("themes")) == {mode or theme}
+    context.close()
+
+
+# --- What is laid out late ------------------------------------------------------------------------
+
+LONGEST = ("book", "layer", "backward.html")
+FAR = 'section > [style^="--lines"]'
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_room_kept_for_far_blocks_is_what_they_need(site, browser, width):
+    with Visit(browser, site.joinpath(*LONGEST).as_uri(), width=width) as visit:
+        heights = f"""() => [...document.querySelectorAll('{FAR}')]
+          .filter((e) => !e.closest(".dropdown")).map((e) => e.offsetHeight)"""
+        kept = visit.page.evaluate(heights)
+        visit.page.add_style_tag(content=f"{FAR} {{ content-visibility: visible !important }}")
+        real = visit.page.evaluate(heights)
+    assert len(kept) > 50 and kept != real
+    assert abs(sum(kept) - sum(real)) < 0.05 * sum(real)
+    assert sum(abs(a - b) for a, b in zip(kept, real, strict=True)) < 0.12 * sum(real)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_link_leads_to_its_target(site, browser, width):
+    with Visit(browser, site.joinpath(*LONGEST).as_uri(), width=width) as visit:
+        page = visit.page
+        far = page.locator(f"{FAR}.math[id]").last.get_attribute("id")
+        for target in ("exercises", far, "the-question"):
+            page.evaluate("id => { location.hash = id }", target)
+            page.wait_for_timeout(300)
+            top = page.evaluate(
+                "id => document.getElementById(id).getBoundingClientRect().top", target
+            )
+            assert 30 < top < 130, (target, top)
+
+
+def test_far_blocks_are_found_and_printed(site, browser):
+    with Visit(browser, site.joinpath(*LONGEST).as_uri()) as visit:
+        page = visit.page
+        words = page.evaluate(
+            f"""() => [...document.querySelectorAll('{FAR} pre')]
+              .filter((e) => !e.closest(".dropdown")).at(-1).textContent.trim().split("\\n")[0]"""
+        )
+        assert len(words) > 10 and not page.evaluate("scrollY")
+        assert page.evaluate("words => find(words)", words)
+        page.wait_for_function("scrollY > 5000")
+        page.emulate_media(media="print")
+        assert page.locator(FAR).first.evaluate("e => getComputedStyle(e).contentVisibility") == (
+            "visible"
+        )
+
+
+def test_far_blocks_are_read_aloud(site, browser):
+    """The tree that a screen reader gets has every formula, and none of their LaTeX."""
+    reading = browser.browser_type.launch(
+        executable_path=CHROMIUM,
+        args=["--no-sandbox", "--disable-gpu", "--force-renderer-accessibility"],
+    )
+    page = reading.new_page()
+    page.goto(site.joinpath(*LONGEST).as_uri())
+    folded = ".dropdown, details > :not(summary)"
+    formulas = page.evaluate(
+        f"[...document.querySelectorAll('math')].filter(e => !e.closest('{folded}')).length"
+    )
+    sources = page.evaluate("[...document.querySelectorAll('annotation')].map(e => e.textContent)")
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    reading.close()
+    roles = [node.get("role", {}).get("value") for node in nodes]
+    spoken = {node.get("name", {}).get("value") for node in nodes}
+    assert formulas > 300 and roles.count("MathMLMath") >= formulas
+    assert not spoken & {source for source in sources if "\\" in source}
+
+
+def test_only_boxes_that_scroll_are_stops(site, browser):
+    with Visit(browser, site.joinpath(*LONGEST).as_uri(), width=375) as visit:
+        page = visit.page
+        for _ in range(60):
+            page.mouse.wheel(0, 800)
+            page.wait_for_timeout(20)
+        page.wait_for_timeout(300)
+        stops = page.evaluate(
+            """() => [...document.querySelectorAll("main pre")]
+              .filter((e) => e.checkVisibility())
+              .map((e) => [e.scrollWidth > e.clientWidth, e.tabIndex === 0])"""
+        )
+        assert [True, True] in stops and [False, False] in stops
+        assert all(scrolls == stop for scrolls, stop in stops)
 
 
 def test_print_has_no_furniture(site, browser):

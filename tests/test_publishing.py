@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import re
 import zipfile
@@ -11,6 +12,7 @@ import lean_pages
 import pytest
 from bs4 import BeautifulSoup
 from describe import LONGEST, shorten
+from far_blocks import FIRST, MANY, put_off
 from repository import settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,51 @@ def test_long_description_ends_at_a_word():
     assert shorten("short") == "short"
 
 
+# --- Far blocks -----------------------------------------------------------------------------------
+
+
+def test_only_large_blocks_far_down_are_put_off():
+    many, lines = "<b>x</b>" * MANY, "line\nline\n"
+    above = f"<p>{many}</p><div><pre>{lines * FIRST}</pre></div>"
+    formula = f'<div class="math"><i class="strut" style="height:4em;"></i>{many}</div>'
+    below = (
+        f"<p>small</p><p class='a'>{many}</p><div><pre>{lines * 5}{many}</pre></div>{formula}"
+        f"<div><img src='x.png' />{many}</div><div class='dropdown'>{many}</div>"
+    )
+    html = f"<section>{above}{below}</section><p>{many}</p>"
+    found = put_off(html)
+    style = re.compile(r' style="--lines:([\d.]+);--chars:(\d+)"')
+    assert style.sub("", found) == html
+    assert style.findall(found) == [("0.4", str(MANY)), ("9.7", "0"), ("4.1", "0")]
+    assert '<p style="--lines:0.4' in found and "'dropdown' style" not in found
+
+
+def test_text_for_screen_readers_alone_takes_no_room():
+    hidden = f'<i class="katex-mathml">{"<b>long</b>" * MANY}</i>'
+    above = f"<p>{'word ' * 100 * FIRST}</p>"
+    found = put_off(f"<section>{above}<p>{hidden}seen</p></section>")
+    assert '--chars:4"' in found
+
+
 # --- Lean files -----------------------------------------------------------------------------------
+
+
+def test_style_and_script_are_small(site):
+    files = [*(site / "_static").glob("book.*.css"), *(site / "_static").glob("book.*.js")]
+    assert len(files) == 2
+    assert sum(len(gzip.compress(path.read_bytes(), 6)) for path in files) < 72 * 1024
+
+
+def test_code_has_no_element_for_plain_words(site):
+    code = soup(site / "book" / "layer" / "forward.html").select(".highlight pre")
+    assert len(code) > 20 and any(block.select(".k, .kn") for block in code)
+    assert not [block for block in code if block.select(".n, .nn, .p, .w")]
+
+
+def test_change_in_the_theme_is_an_error():
+    assert lean_pages.replace_all("a b a", "a", "c", "x") == "c b c"
+    with pytest.raises(ValueError, match="expected 'z' in the script"):
+        lean_pages.replace_all("a b", "z", "c", "the script")
 
 
 def test_purge_keeps_what_can_match_and_nothing_else():

@@ -3,8 +3,8 @@
 After the HTML is written, the dozen style sheets become one that holds only the rules that some
 page can match; the scripts become one that does not block the page; the icon and KaTeX fonts keep
 only the glyphs in use; pictures become WebP, are loaded when they come near, and have their size
-in the page, so that nothing jumps. Nothing of what a reader sees changes. It serves the builder
-``html`` alone.
+in the page, so that nothing jumps; what the browser need not lay out at once waits (see
+`far_blocks.py`). Nothing of what a reader sees changes. It serves the builder ``html`` alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
+from far_blocks import put_off
 from fontTools import subset
 from PIL import Image
 from sphinx.application import Sphinx
@@ -48,6 +49,15 @@ SCRIPTS = (
     "scripts/bootstrap.js",
     "scripts/pydata-sphinx-theme.js",
 )
+# What the theme does as a page opens, and what is done in its place.
+THEME_MODE = 'document.documentElement.dataset.theme = localStorage.getItem("theme") || "auto";'
+MODE = """{
+      const { mode } = document.documentElement.dataset;
+      const dark = mode === "auto" && matchMedia("(prefers-color-scheme: dark)").matches;
+      document.documentElement.dataset.theme = dark || mode === "dark" ? "dark" : "light";
+    }"""
+THEME_MEASURES = '"complete"===document.readyState?O():window.addEventListener("load",O)'
+MEASURES = Path(__file__).with_name("scrollable.js")
 # In the theme, and of no use here: icons as a megabyte of script, source maps, templates.
 UNUSED = (
     "scripts/fontawesome.js*",
@@ -250,11 +260,27 @@ def mend_pictures(html: str, page: Path, eager: bool) -> str:
 # --- Pages ----------------------------------------------------------------------------------------
 
 
+def replace_all(text: str, old: str, new: str, where: str) -> str:
+    """Like `str.replace`, and an error where a new version of the theme no longer has it."""
+    if old not in text:
+        raise ValueError(f"expected {old!r} in {where}")
+    return text.replace(old, new)
+
+
 def mend_page(html: str) -> str:
     """Cures for faults of the theme's HTML; see the style sheet for those of its CSS."""
+    # The colours are there from the start: a change of theme styles every element again.
+    if "dataset.theme" in html:  # a page that only forwards has none
+        html = replace_all(html, THEME_MODE, MODE, "the head of the page")
+    # Names and punctuation in code have the colour of text: they need no element each.
+    html = re.sub(r'<span class="(?:n|nn|p|w)">([^<]*)</span>', r"\1", html)
+    html = html.replace("<pre><span></span>", "<pre>")
+    html = re.sub(r"<pre(?=>)", '<pre tabindex="0"', html)  # see scrollable.js
     html = re.sub(r'(<meta name="viewport"[^>]*>)(.*?)(?=</head>)', _one_viewport, html, flags=re.S)
     html = re.sub(r'\s*<meta name="docsearch:[^>]*>', "", html)
     html = re.sub(r'<div id="ethical-ad-placement".*?</div>', "", html, flags=re.S)
+    # A formula's source is no part of it, for whoever hears the page.
+    html = html.replace("<annotation ", '<annotation aria-hidden="true" ')
     # Icons say nothing; the shortcut is not part of the button's name.
     html = re.sub(
         r'<(i|span) class="(fa[sbr]?[ -][^"]*|theme-switch [^"]*)"',
@@ -315,8 +341,16 @@ def relink(html: str, prefix: str, style: str, script: str) -> str:
         for i, color in enumerate(("0072b2", "d55e00", "009e73", "cc79a7"))
     )
     picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
+    # Asked for at once, these two are there before the text is laid out, which they would move.
+    fonts = (
+        'if (location.protocol !== "file:") for (const name of ["Main-Regular", "Math-Italic"])'
+        ' document.head.append(Object.assign(document.createElement("link"), {'
+        ' rel: "preload", as: "font", type: "font/woff2", crossOrigin: "",'
+        f" href: `{prefix}_static/katex/fonts/KaTeX_${{name}}.woff2` }}));"
+    )
     head = (
-        f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
+        (f"<script>{fonts}</script>\n" if 'class="katex"' in html else "")
+        + f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
         f'<link rel="stylesheet" href="{prefix}_static/{style}" />\n'
         f'<script defer src="{prefix}_static/{script}"></script>\n'
     )
@@ -344,6 +378,8 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
         raise ValueError(f"expected {missing} in {static}: remove the old build, then build anew")
     scripts = ";\n".join((static / s).read_text(encoding="utf-8") for s in SCRIPTS)
     scripts = re.sub(r"^//# sourceMappingURL=.*$", "", scripts, flags=re.M)
+    scripts = replace_all(scripts, THEME_MEASURES, "0", "the theme's script")
+    scripts += MEASURES.read_text(encoding="utf-8")
     other = (static / "searchtools.js").read_text(encoding="utf-8")
     everything = "".join(pages.values())
     words = set(re.findall(r"[\w-]+", scripts + other))
@@ -376,7 +412,7 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
         prefix = os.path.relpath(out, path.parent).replace(os.sep, "/")
         prefix = "" if prefix == "." else prefix + "/"
         html = relink(html, prefix, style, script)
-        html = mend_page(html)
+        html = put_off(mend_page(html))
         html = mend_pictures(html, path, eager=path == out / root)
         path.write_text(html, encoding="utf-8")
 
@@ -384,11 +420,8 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
     search = static / "searchtools.js"
     flag = "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY"
     text = search.read_text(encoding="utf-8")
-    if flag not in text:
-        raise ValueError(f"expected {flag} in {search}")
-    search.write_text(
-        text.replace(flag, f'{flag} && location.protocol !== "file:"'), encoding="utf-8"
-    )
+    text = replace_all(text, flag, f'{flag} && location.protocol !== "file:"', search.name)
+    search.write_text(text, encoding="utf-8")
 
     for pattern in (*STYLES, *SCRIPTS, *UNUSED):
         for path in static.glob(pattern):
