@@ -47,6 +47,7 @@ SCRIPTS = (
     "togglebutton.js",
     "scripts/bootstrap.js",
     "scripts/pydata-sphinx-theme.js",
+    "previews.js",
 )
 # In the theme, and of no use here: icons as a megabyte of script, source maps, templates.
 UNUSED = (
