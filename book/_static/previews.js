@@ -53,6 +53,8 @@
     a.removeAttribute("title");
     a.setAttribute("aria-describedby", box.id);
     box.replaceChildren(shown);
+    // Spoken, a formula's source says more than its symbols one after the other.
+    box.ariaLabel = box.querySelector(".katex-display annotation")?.textContent ?? null;
     box.style.maxHeight = "";
     if (!box.isConnected) a.closest("article").append(box);
     box.showPopover();
