@@ -1,6 +1,7 @@
 """The directive ``cite-this``: how to cite the book, from CITATION.cff alone.
 
 Every page's foot leads to it. The address is named only where it is known (see `repository.py`).
+The directive serves every builder, the link ``html`` alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Let the search find a Greek letter by its name, and its name by the letter.
 
 Prose has ε where a formula has ``\\varepsilon`` and a reader may type "epsilon"; all three find the
-same pages.
+same pages. It serves the builder ``html`` alone.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 A term's link gets the definition for its title, as a citation's link has the reference. A formula
 of another page is put into a template of this one, because a page opened as a file may not fetch
 another. `previews.js` shows both, and copies the formulas and figures of the same page.
+The titles serve every builder, the templates ``html`` alone.
 """
 
 from __future__ import annotations

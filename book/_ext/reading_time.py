@@ -2,6 +2,7 @@
 
 The words are those that myst-parser counts in the prose; a line of code and a displayed formula
 take their time too. Reference pages have no such line: nobody reads them from end to end.
+It serves the builder ``html`` alone.
 """
 
 from __future__ import annotations

@@ -25,15 +25,6 @@
     return copy;
   }
 
-  // A formula that is too wide becomes smaller; its fonts may come late.
-  function fit() {
-    const formula = box.querySelector(".katex-display");
-    if (!formula) return;
-    formula.style.fontSize = "";
-    const wide = formula.scrollWidth / formula.clientWidth;
-    if (wide > 1) formula.style.fontSize = `${0.98 / wide}em`;
-  }
-
   function hide() {
     clearTimeout(timer);
     if (!link) return;
@@ -58,8 +49,6 @@
     box.style.maxHeight = "";
     if (!box.isConnected) a.closest("article").append(box);
     box.showPopover();
-    fit();
-    document.fonts.ready.then(fit);
 
     // Below the link, or above it where there is more room; never on it. The box keeps inside the
     // window whatever becomes of its size, because percentages of a translation are its own.
@@ -78,7 +67,6 @@
   const linkAt = (e) => e.target.closest?.("article a.reference.internal");
 
   document.addEventListener("pointerover", (e) => {
-    if (e.pointerType === "touch") return;
     const a = linkAt(e);
     clearTimeout(timer);
     if (a !== dismissed) dismissed = null;
