@@ -15,20 +15,21 @@ sys.path.append(str(ROOT / "book" / "_ext"))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
-def build(factory, builder, *options):
+def build(factory, builder, *options, to="site", **environment):
     """Run a builder with every warning an error; once, however many workers there are."""
     shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    out = shared / "site"
-    with FileLock(shared / f"{builder}.lock"):
+    out = shared / to
+    with FileLock(shared / f"{to}.{builder}.lock"):
         if not (out / f"{builder}.done").is_file():
             program = "from jupyter_book.cli.main import main; main()"
             options = ["-W", "-n", "--keep-going", "--path-output", str(out), *options]
+            inherited = {k: v for k, v in os.environ.items() if k != "GITHUB_REPOSITORY"}
             done = subprocess.run(
                 [sys.executable, "-c", program, "build", ".", *options],
                 cwd=ROOT,
-                env={k: v for k, v in os.environ.items() if k != "GITHUB_REPOSITORY"},
+                env={**inherited, **environment},
                 capture_output=True,
                 text=True,
             )
@@ -41,6 +42,13 @@ def build(factory, builder, *options):
 def site(tmp_path_factory):
     """The folder of the book's pages."""
     return build(tmp_path_factory, "html")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """The pages as the publishing workflow builds them, which knows the repository's address."""
+    address = {"GITHUB_REPOSITORY": "Some-One/axis-book"}
+    return build(tmp_path_factory, "html", to="published", **address)
 
 
 @pytest.fixture(scope="session")

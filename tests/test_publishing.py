@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import json
 import re
+import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,7 +16,8 @@ import pytest
 from bs4 import BeautifulSoup
 from describe import LONGEST, shorten
 from far_blocks import FIRST, MANY, put_off
-from repository import settings
+from PIL import Image, ImageChops
+from repository import colab_cell, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("offline", ROOT / "tools" / "offline.py")
@@ -37,13 +41,95 @@ def test_address_of_the_pages():
             settings(wrong)
 
 
+PAGES = "https://some-one.github.io/axis-book/"
+GITHUB = "https://github.com/Some-One/axis-book"
+ADDRESSED = (
+    "link[rel=canonical], [property='og:url'], [property='og:image'], [name='twitter:card'], "
+    ".colab, .dropdown-launch-buttons, .dropdown-source-buttons, .btn-source-issues-button"
+)
+
+
 def test_without_an_address_there_is_no_such_link(site):
     chapter = soup(site / "book" / "axes" / "which-axes.html")
-    assert not chapter.select(
-        "link[rel=canonical], .dropdown-launch-buttons, .btn-source-issues-button"
-    )
-    assert not [a["href"] for a in chapter.select("a[href*='github.com//'], a[href*='/edit/']")]
-    assert not (site / "sitemap.xml").exists()
+    assert chapter.select(ADDRESSED) == []
+    assert "url" not in soup(site / "book" / "intro.html").select_one("#cite-this").text
+    everything = "".join(p.read_text(encoding="utf-8") for p in site.rglob("*.html"))
+    for host in ("mybinder.org", "colab.research", "github.io", "/edit/", "/issues/new"):
+        assert host not in everything, host
+    for name in ("sitemap.xml", "robots.txt", "404.html"):
+        assert not (site / name).exists()
+
+
+@pytest.mark.parametrize("name", ["book/axes/which-axes", "book/scale/gpu", "book/glossary"])
+def test_with_an_address_every_link_leads_to_this_page(published, name):
+    page = soup(published / f"{name}.html")
+    links = {a["href"] for a in page.select("a[href^=http]")}
+    source = name + (".md" if name.endswith("glossary") else ".ipynb")
+    assert (ROOT / source).is_file()
+    assert f"{GITHUB}/edit/main/{source}" in links
+    assert any(link.startswith(f"{GITHUB}/issues/new?") and name in link for link in links)
+    launch = {
+        f"https://mybinder.org/v2/gh/Some-One/axis-book/main?urlpath=lab/tree/{source}",
+        f"https://colab.research.google.com/github/Some-One/axis-book/blob/main/{source}",
+    }
+    assert launch & links == (launch if source.endswith(".ipynb") else set())
+    assert page.select_one("link[rel=canonical]")["href"] == f"{PAGES}{name}.html"
+
+    tags = {m["property"]: m["content"] for m in page.select("meta[property]")}
+    assert tags["og:url"] == f"{PAGES}{name}.html"
+    assert tags["og:site_name"] == "Batch Normalization, Axis by Axis"
+    assert tags["og:description"] == page.select_one("meta[name=description]")["content"]
+    assert tags["og:image"].startswith(PAGES)
+    with Image.open(published / tags["og:image"].removeprefix(PAGES)) as card:
+        assert (str(card.width), str(card.height)) == (
+            tags["og:image:width"],
+            tags["og:image:height"],
+        )
+    assert page.select_one("meta[name='twitter:card']")["content"] == "summary_large_image"
+
+
+def test_with_an_address_there_are_a_site_map_a_page_for_the_lost_and_a_url_to_cite(published):
+    listed = re.findall(r"<loc>(.*?)</loc>", (published / "sitemap.xml").read_text())
+    written = {p.relative_to(published).as_posix() for p in (published / "book").rglob("*.html")}
+    assert {address.removeprefix(PAGES) for address in listed} == written
+    assert f"Sitemap: {PAGES}sitemap.xml" in (published / "robots.txt").read_text()
+    lost = soup(published / "404.html")
+    assert lost.base["href"] == "/axis-book/"
+    assert lost.select_one("article a")["href"] == "book/intro.html"
+    assert f"{{{PAGES}}}" in soup(published / "book" / "intro.html").select_one("#cite-this").text
+
+
+def test_colab_gets_the_files_around_the_notebook(published):
+    cell = soup(published / "book" / "scale" / "gpu.html").select_one(".colab pre").text.strip()
+    assert cell == colab_cell("Some-One/axis-book", "book/scale/gpu")
+    clone, install, change = cell.splitlines()
+    assert clone == f"!git clone --quiet --depth 1 {GITHUB} /content/axis-book"
+    assert install == '%pip install --quiet "/content/axis-book[book]"'
+    assert change == "%cd /content/axis-book/book/scale"
+
+
+def test_extra_for_the_chapters_has_what_they_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + [line for name in extras for line in extras[name]]
+    named = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    named |= {"bnlib", "PIL"} | sys.stdlib_module_names  # scikit-image needs Pillow
+    named |= {"sklearn"} if "scikit_learn" in named else set()
+    named |= {"skimage"} if "scikit_image" in named else set()
+    imported = set()
+    for path in (ROOT / "book").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
+            imported.update(re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE))
+    assert {"torch", "onnxruntime", "triton"} <= imported
+    assert imported - named == set()
+
+
+def test_binder_installs_the_extra_with_the_tested_versions():
+    lines = (ROOT / ".binder" / "requirements.txt").read_text().splitlines()
+    assert ".[book]" in lines and "-c ../requirements.txt" in lines
+    makefile = (ROOT / "Makefile").read_text()
+    assert [line for line in lines if "==" in line] == re.findall(r"jupyterlab-myst==\S+", makefile)
 
 
 # --- Descriptions ---------------------------------------------------------------------------------
@@ -143,8 +229,6 @@ def test_one_style_sheet_one_script_and_few_files(site):
 
 
 def test_pictures_are_the_same_pixel_for_pixel(site, tmp_path):
-    from PIL import Image, ImageChops
-
     source = ROOT / "book" / "_static" / "axis-block.png"
     made = next((site / "_images").glob("axis-block.webp"))
     with Image.open(source) as a, Image.open(made) as b:

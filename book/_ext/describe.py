@@ -16,8 +16,9 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 LONGEST = 160
-CARD = "_static/axis-block.png"
-CARD_ALT = "Digits and photographs as planes; the planes of one channel share a frame and a mean."
+CARD = "_static/social-card.png"  # drawn by tools/social_card.py
+CARD_ALT = "Four photographs as red, green and blue planes; those of one colour share a mean."
+CARD_SIZE = (1200, 630)
 
 
 def first_paragraph(doctree: nodes.document) -> str:
@@ -42,14 +43,17 @@ def shorten(text: str) -> str:
 def add_tags(app: Sphinx, pagename: str, template: str, context: dict, doctree) -> None:
     title = re.sub(r"<[^>]+>", "", context.get("title") or app.config.html_title or "")
     about = first_paragraph(doctree) if doctree is not None else ""
-    about = about or f"{html.unescape(title)}: a page of {app.config.project}."
+    about = about or f"{html.unescape(title)}: a page of {app.config.html_title}."
     tags = {"og:title": html.unescape(title), "og:type": "article", "og:description": about}
-    tags["og:site_name"] = app.config.project
+    tags["og:site_name"] = app.config.html_title
     if base := app.config.html_baseurl:
         tags["og:url"] = base + app.builder.get_target_uri(pagename)
         tags["og:image"], tags["og:image:alt"] = base + CARD, CARD_ALT
+        tags["og:image:width"], tags["og:image:height"] = map(str, CARD_SIZE)
     lines = [f'<meta name="description" content="{html.escape(about)}" />']
     lines += [f'<meta property="{k}" content="{html.escape(v)}" />' for k, v in tags.items()]
+    if base:
+        lines.append('<meta name="twitter:card" content="summary_large_image" />')
     context["metatags"] = context.get("metatags", "") + "\n".join(lines) + "\n"
 
 

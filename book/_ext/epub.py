@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import matplotlib
 from bs4 import BeautifulSoup, Comment, Tag
-from describe import CARD_ALT, first_paragraph
+from describe import first_paragraph
 from PIL import Image, ImageDraw, ImageFont
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -55,6 +55,7 @@ TYPES = {".xhtml": "application/xhtml+xml", ".png": "image/png", ".css": "text/c
 # The kinds of words in code that epub.css sets apart; the others become plain text.
 KINDS = {"c1", "sd", "k", "kc", "kn", "ow", "nb", "nf", "nc", "s1", "s2", "mi", "mf", "gp", "gt"}
 COVER = Path(__file__).parent.parent / "_static" / "axis-block.png"
+COVER_ALT = "Digits and photographs as planes; the planes of one channel share a frame and a mean."
 
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
@@ -262,7 +263,7 @@ class BookEpub(Epub3Builder):
             files[f"{name}.xhtml"] = self.page(
                 name, self.pages[name].h1.get_text(), self.pages[name].decode_contents().strip()
             )
-        says = html.escape(f"{title}, by {author}. {CARD_ALT}")
+        says = html.escape(f"{title}, by {author}. {COVER_ALT}")
         cover = f'<div class="cover"><img src="cover.png" alt="{says}"/></div>'
         files = {
             "cover.xhtml": self.page("cover", title, cover),

@@ -48,6 +48,7 @@ SCRIPTS = (
     "togglebutton.js",
     "scripts/bootstrap.js",
     "scripts/pydata-sphinx-theme.js",
+    "previews.js",
 )
 # What the theme does as a page opens, and what is done in its place.
 THEME_MODE = 'document.documentElement.dataset.theme = localStorage.getItem("theme") || "auto";'
