@@ -18,6 +18,11 @@ from bnlib.kernels import check_like, check_vectors, dense, empty_mask, pack_mas
 from bnlib.moments import Moments
 
 BACKENDS = ("auto", "reference", "cpu", "gpu")
+_TAKEN = {
+    "cpu": "a plain tensor of 16, 32 or 64 bits on the CPU",
+    "gpu": "a plain tensor of float32, float16 or bfloat16 on a CUDA device (or on the CPU, where "
+    "TRITON_INTERPRET=1 was set before triton was imported)",
+}
 
 
 def batch_norm(
@@ -46,8 +51,15 @@ def batch_norm(
     statistics. The arguments up to ``eps`` are those of ``torch.nn.functional.batch_norm``.
 
     Derivatives of every order are right: under ``create_graph=True``, in forward mode and inside
-    ``torch.func`` the layer is computed by differentiable torch operations. While torch compiles,
-    exports or traces, it is torch's own operator, which the compiler knows how to fuse.
+    ``torch.func`` the layer is computed by differentiable torch operations.
+
+    While torch compiles, exports or records operations, ``backend="auto"`` (and "reference") is
+    torch's own operator: the compiler fuses it with its neighbours, which it cannot do with kernels
+    that it does not know, and neither way has been measured against the other on a GPU.
+    ``backend="gpu"`` or "cpu" forces our kernels into the graph, with what is fused, as the
+    operator ``bnlib::batch_norm``, which has first derivatives in reverse mode; whoever loads an
+    exported program with it imports ``bnlib.functional`` first. ``torch.jit.trace`` and the
+    transforms of ``torch.func`` inside a graph always get torch's operator.
 
     Args:
         input: x, shape (N, C, ...), real floating, any strides; 16-bit is computed in float32.
@@ -64,7 +76,7 @@ def batch_norm(
         process_group: a torch.distributed group whose ranks share the batch's statistics (in
             training), or None for this process alone.
         backend: "reference", "cpu" (Numba), "gpu" (Triton), or "auto" for the fastest one that
-            takes the input.
+            takes the input and can be imported.
 
     Returns:
         Tensor with the shape, dtype and memory format of ``input``. For an empty batch it is empty,
@@ -75,6 +87,7 @@ def batch_norm(
         ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
             one value per channel in training; evaluation without running statistics; a backend
             that does not take the input.
+        ImportError: a backend whose package (Numba, Triton) is missing or broken.
         RuntimeError: a second or batched derivative with a ``process_group``; running statistics
             in training that a transform such as ``vmap`` cannot update.
 
@@ -553,15 +566,15 @@ def _update(
     """Move the running statistics, in place, towards those of a batch."""
     if running_mean is None or running_var is None or batch.count == 0:
         return
-    mean, m2 = batch.mean.detach(), batch.m2.detach()
-    if running_mean.dtype == running_var.dtype == mean.dtype:  # the same in three operations
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(m2 / (batch.count - 1), momentum)
-        return
-    batch = Moments(batch.count, mean, m2)
-    new = reference.update_running_stats(running_mean, running_var, batch, momentum)
-    running_mean.copy_(new[0])
-    running_var.copy_(new[1])
+    for running, new in (
+        (running_mean, batch.mean.detach()),
+        (running_var, batch.m2.detach() / (batch.count - 1)),
+    ):
+        if running.dtype == new.dtype:
+            running.lerp_(new, momentum)
+        else:
+            dtype = torch.promote_types(running.dtype, new.dtype)
+            running.copy_(torch.lerp(running.to(dtype), new.to(dtype), momentum))
 
 
 def _normalize(
@@ -598,8 +611,8 @@ def _kernels(x: Tensor, backend: str) -> ModuleType:
     kernels = _module(backend)
     if not kernels.supports(x):
         raise ValueError(
-            f"expected input that backend={backend!r} takes, got {type(x).__name__} of "
-            f"{x.dtype} on {x.device}"
+            f"expected input that backend={backend!r} takes, {_TAKEN[backend]}, got "
+            f"{type(x).__name__} of {x.dtype} on {x.device}"
         )
     return kernels
 
@@ -608,8 +621,8 @@ def _kernels(x: Tensor, backend: str) -> ModuleType:
 def _load(name: str) -> ModuleType | None:
     try:
         return _module(name)
-    except ImportError as error:
-        if error.name == f"bnlib.kernels.{name}":
+    except Exception as error:  # what is installed but broken raises what it likes
+        if isinstance(error, ImportError) and error.name == f"bnlib.kernels.{name}":
             return None  # this installation has no such kernels at all
         warnings.warn(
             f"bnlib computes batch norm with its reference, which is slower: {error} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import itertools
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from bnlib import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(
@@ -36,13 +39,13 @@ def python(*arguments, **environment):
 
 
 @needs_triton
-def test_against_float64_in_the_interpreter():
+@pytest.mark.parametrize("file", ["kernels_gpu_interpreted.py", "test_compile.py"])
+def test_against_float64_in_the_interpreter(file):
     arguments = ("-q", "-p", "no:cacheprovider", "-W", "error")
-    code, said = python(
-        "-m", "pytest", *arguments, "tests/kernels_gpu_interpreted.py", TRITON_INTERPRET="1"
-    )
+    code, said = python("-m", "pytest", *arguments, f"tests/{file}", TRITON_INTERPRET="1")
     assert code == 0, said
-    assert re.search(r"^[1-9]\d* passed in", said, re.MULTILINE), said
+    skipped = r"(, \d+ skipped)?" if file == "test_compile.py" else ""  # without a C++ compiler
+    assert re.search(rf"^[1-9]\d* passed{skipped} in", said, re.MULTILINE), said
 
 
 # --- Compiled for a GPU ---------------------------------------------------------------------------
@@ -276,6 +279,37 @@ def test_without_triton_the_error_says_so():
     assert "ImportError: the GPU kernels need triton" in said
 
 
+BROKEN = """
+import sys, types, warnings
+import torch
+from bnlib import functional, reference
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            raise OSError("libcuda.so.1: cannot open shared object file")
+
+sys.meta_path.insert(0, Broken())
+on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"), numel=lambda: 1)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    assert functional._kernels(on_a_gpu, "auto") is reference
+    assert functional._kernels(on_a_gpu, "auto") is reference
+assert len(seen) == 1, seen
+print(seen[0].message)
+functional.batch_norm(torch.ones(2, 3), None, None, training=True, backend="gpu")
+"""
+
+
+def test_with_a_broken_triton_the_reference_serves_and_says_so_once():
+    """A tensor on a GPU, but a triton that cannot be imported, as where it finds no driver."""
+    code, said = python("-c", BROKEN)
+    assert code == 1
+    assert "bnlib computes batch norm with its reference" in said
+    assert "\nImportError: the GPU kernels need triton" in said  # where they were asked for
+    assert said.count("OSError: libcuda.so.1: cannot open shared object file") >= 2
+
+
 @needs_triton
 def test_on_the_cpu_the_error_says_what_is_missing():
     from bnlib.kernels import gpu
@@ -287,3 +321,7 @@ def test_on_the_cpu_the_error_says_what_is_missing():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
             gpu.moments(x)
+    layer = functools.partial(functional.batch_norm, training=True, backend="gpu")
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(ValueError, match=r"a CUDA device .*TRITON_INTERPRET=1.* on cpu"):
+            call(x, None, None)
