@@ -87,7 +87,7 @@ def batch_norm(
         ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
             one value per channel in training; evaluation without running statistics; a backend
             that does not take the input.
-        ImportError: a backend whose package (Numba, Triton) is missing or broken.
+        ImportError: a backend whose package (Numba, Triton) is missing.
         RuntimeError: a second or batched derivative with a ``process_group``; running statistics
             in training that a transform such as ``vmap`` cannot update.
 
@@ -307,9 +307,8 @@ def _recorded(
     """The layer by the kernels of a backend, in a form that torch.compile and export can record."""
     leaves = (x, weight, bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    running = (None, None) if training else (running_mean, running_var)
-    options = (training, eps, relu, relu and needs_grad, backend)
-    y, statistics, _ = _operator(x, *running, weight, bias, residual, *options)
+    tensors = (x, running_mean, running_var, weight, bias, residual)
+    y, statistics, _ = _operator(*tensors, training, eps, relu, relu and needs_grad, backend)
     if training:
         batch = Moments(x.numel() // x.shape[1], statistics[0], statistics[1])
         _update(running_mean, running_var, batch, momentum)
@@ -409,10 +408,9 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, _, weight, bias, _, training, _, _, keep_mask, backend = inputs
+    x, _, _, weight, _, _, training, _, _, keep_mask, backend = inputs
     _, statistics, mask = output
     ctx.save_for_backward(x, weight, statistics, mask if keep_mask else None)
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
     ctx.training, ctx.backend = training, backend
 
 
@@ -427,8 +425,8 @@ def _differentiate(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
     return (
         dx if need_x else None,
         *(None, None),
-        sums[1].to(ctx.dtypes[0]) if need_weight else None,
-        sums[0].to(ctx.dtypes[1]) if need_bias else None,
+        sums[1] if need_weight else None,  # autograd casts it to the dtype of the weight
+        sums[0] if need_bias else None,
         (dresidual if masked else dy) if need_residual else None,
         *(None,) * 5,
     )

@@ -179,14 +179,16 @@ def test_running_statistics_after_ten_steps(compiler):
     assert torch.equal(ours.running_var, before)
 
 
-def test_sixteen_bit_buffers():
-    x, running = draw((8, 3, 5), dtype=torch.bfloat16), torch.zeros(3, dtype=torch.bfloat16)
-    buffers = [[running.clone(), running + 1] for _ in range(2)]
-    call = functools.partial(functional.batch_norm, training=True, backend=BACKEND)
-    y = call(x, *buffers[0])
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, *buffers[1]), y)
-    torch.testing.assert_close(*buffers)
+def test_parameters_and_buffers_of_sixteen_bits():
+    x, dy = (draw((8, 3, 5, 2), seed, torch.bfloat16) for seed in range(2))
+    results = []
+    for compiled in (True, False):
+        module = layer(3, dtype=torch.bfloat16)
+        call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        results.append(step(call, module, x, x, "relu", dy))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other)
 
 
 def test_batches_of_any_size_share_a_graph():
@@ -243,10 +245,10 @@ def operands(training, with_grad, relu, channels_last=False):
         (True, True, True, False),
         (True, True, False, True),
         (False, True, True, True),
-        (False, False, True, False),
+        (False, False, True, True),
+        (False, False, False, False),
     ],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, from opcheck
 def test_opcheck(training, with_grad, relu, channels_last):
     arguments = operands(training, with_grad, relu, channels_last)
     torch.library.opcheck(functional._operator, arguments)
@@ -294,12 +296,13 @@ def test_without_a_gradient_no_mask_is_kept(monkeypatch):
     assert kept
 
 
-def test_an_empty_batch():
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_an_empty_batch(compiler):
     module = layer(3)
     before = module.running_mean.clone()
-    call = torch.compile(module, fullgraph=True, backend="aot_eager")
+    call = torch.compile(module, fullgraph=True, backend=compiler)
     x = torch.empty(0, 3, 5, 7, requires_grad=True)
-    y = call(x)
+    y = call(x, x, "relu")
     y.sum().backward()
     assert y.shape == x.grad.shape == x.shape
     assert torch.equal(module.running_mean, before)
