@@ -32,6 +32,14 @@ COMPILERS = [
 FUSED = [(False, None), (True, "relu"), (True, None), (False, "relu")]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Inductor's, which does not notice that an operator's outputs have changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def forget():
     torch._dynamo.reset()
@@ -199,8 +207,7 @@ def test_batches_of_any_size_share_a_graph():
         x, dy = draw((n, 3, 5, 7), n), draw((n, 3, 5, 7), n + 1)
         got = step(call, ours, x, None, "relu", dy, dynamic=True)
         assert_close(got, step(exact, exact, *doubles(x, None), "relu", dy.double()))
-    # The mask of the CPU's kernels is cut differently for 8 samples, multiples of 8, and others.
-    assert counter.frame_count == {"cpu": 3, "gpu": 1}[BACKEND]
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
