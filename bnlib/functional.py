@@ -14,10 +14,15 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnlib import reference
-from bnlib.kernels import empty_mask, pack_mask, unpack_mask
+from bnlib.kernels import check_like, check_vectors, dense, empty_mask, pack_mask, unpack_mask
 from bnlib.moments import Moments
 
 BACKENDS = ("auto", "reference", "cpu", "gpu")
+_TAKEN = {
+    "cpu": "a plain tensor of 16, 32 or 64 bits on the CPU",
+    "gpu": "a plain tensor of float32, float16 or bfloat16 on a CUDA device (or on the CPU, where "
+    "TRITON_INTERPRET=1 was set before triton was imported)",
+}
 
 
 def batch_norm(
@@ -46,8 +51,15 @@ def batch_norm(
     statistics. The arguments up to ``eps`` are those of ``torch.nn.functional.batch_norm``.
 
     Derivatives of every order are right: under ``create_graph=True``, in forward mode and inside
-    ``torch.func`` the layer is computed by differentiable torch operations. While torch compiles,
-    exports or traces, it is torch's own operator, which the compiler knows how to fuse.
+    ``torch.func`` the layer is computed by differentiable torch operations.
+
+    While torch compiles, exports or records operations, ``backend="auto"`` (and "reference") is
+    torch's own operator: the compiler fuses it with its neighbours, which it cannot do with kernels
+    that it does not know, and neither way has been measured against the other on a GPU.
+    ``backend="gpu"`` or "cpu" forces our kernels into the graph, with what is fused, as the
+    operator ``bnlib::batch_norm``, which has first derivatives in reverse mode; whoever loads an
+    exported program with it imports ``bnlib.functional`` first. ``torch.jit.trace`` and the
+    transforms of ``torch.func`` inside a graph always get torch's operator.
 
     Args:
         input: x, shape (N, C, ...), real floating, any strides; 16-bit is computed in float32.
@@ -64,7 +76,7 @@ def batch_norm(
         process_group: a torch.distributed group whose ranks share the batch's statistics (in
             training), or None for this process alone.
         backend: "reference", "cpu" (Numba), "gpu" (Triton), or "auto" for the fastest one that
-            takes the input.
+            takes the input and can be imported.
 
     Returns:
         Tensor with the shape, dtype and memory format of ``input``. For an empty batch it is empty,
@@ -75,6 +87,7 @@ def batch_norm(
         ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
             one value per channel in training; evaluation without running statistics; a backend
             that does not take the input.
+        ImportError: a backend whose package (Numba, Triton) is missing.
         RuntimeError: a second or batched derivative with a ``process_group``; running statistics
             in training that a transform such as ``vmap`` cannot update.
 
@@ -101,6 +114,10 @@ def batch_norm(
         )
     group = process_group if training else None
     if group is None and _is_traced():
+        forced = backend in ("cpu", "gpu") and input.numel() > 0
+        if forced and not _is_transformed(input, weight, bias, residual):
+            fused = (residual, activation == "relu")
+            return _recorded(*tensors, *fused, training, momentum, eps, backend)
         y = torch.nn.functional.batch_norm(*tensors, training, momentum, eps)
         return _activate(y, residual, activation)
     if not training and backend == "auto" and _torch_is_as_good(*tensors, residual, activation):
@@ -138,37 +155,9 @@ class _BatchNorm(torch.autograd.Function):
     ) -> Tensor:
         need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
         needs_grad = grad_enabled and (need_x or need_weight or need_bias or need_residual)
-        mask = None
-        if relu and needs_grad:
-            mask = getattr(kernels, "empty_mask", empty_mask)(x)
-        fused = (residual, relu, mask)
-        batch: Moments | None = None
-        running: dict[str, Any] = {}  # what the kernels move themselves
-        if not training:
-            assert running_mean is not None and running_var is not None  # _check has seen to it
-            mean, var = _widen(running_mean), _widen(running_var)
-            inv_std = torch.rsqrt(var + eps)
-            y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
-        elif group is None and kernels is not reference:
-            if getattr(kernels, "MOVES_RUNNING_STATISTICS", False):
-                running = {"running_mean": running_mean, "running_var": running_var}
-                running["momentum"] = momentum
-            y, batch, inv_std = kernels.moments_and_normalize(
-                x, weight, bias, eps, *fused, **running
-            )
-            mean = batch.mean
-        else:
-            batch = kernels.moments(x)
-            if group is not None:
-                batch = _distributed().sync_moments(batch, group)
-                if batch.count == 1:
-                    raise ValueError(
-                        "expected more than 1 value per channel over all ranks in training, got 1"
-                    )
-            mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(batch.count, 1) + eps)
-            y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
-        if batch is not None and not running:
-            _update(running_mean, running_var, batch, momentum)
+        tensors = (x, running_mean, running_var, weight, bias, residual)
+        options = (training, momentum, eps, relu, relu and needs_grad, group)
+        y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *options)
         if needs_grad:
             ctx.save_for_backward(x, weight, mean, inv_std, mask)
             ctx.count = None if batch is None else batch.count
@@ -187,39 +176,272 @@ class _BatchNorm(torch.autograd.Function):
             # them for constants.
             if ctx.group is not None:
                 raise RuntimeError("synchronised batch norm has one first derivative at a time")
+            dy, mask = _behind_relu(kernels, dy, mask, x), None
             kernels = reference
             if count is not None:
                 batch = reference.moments(x)
                 mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(count, 1) + ctx.eps)
-        if mask is not None and (kernels is reference or count is None or not need_x):
-            unpack = getattr(ctx.kernels, "unpack_mask", unpack_mask)
-            dy, mask = torch.where(unpack(mask, x), dy, 0), None
-        dresidual = None
-        if need_residual:
-            dresidual = dy if mask is None else kernels.empty_like(x)
-        fused = {} if mask is None else {"mask": mask, "dresidual": dresidual}
-
-        dx: Any = None
-        sum_dy: Any = None
-        sum_dy_x_hat: Any = None
-        if need_x and count is not None and ctx.group is None and kernels is not reference:
-            dx, sum_dy, sum_dy_x_hat = kernels.grad_sums_and_input(
-                dy, x, mean, inv_std, weight, count, **fused
-            )
-        else:
-            if need_weight or need_bias or (need_x and count is not None):
-                sums = {} if mask is None else {"mask": mask}
-                sum_dy, sum_dy_x_hat = kernels.grad_sums(dy, x, mean, inv_std, **sums)
-            if need_x and count is None:  # the statistics are constants
-                dx = kernels.normalize(dy, torch.zeros_like(mean), inv_std, weight)
-            elif need_x:
-                total = (sum_dy, sum_dy_x_hat)
-                if ctx.group is not None:
-                    total = _distributed().sync_sum(torch.stack(total), ctx.group).unbind()
-                dx = kernels.grad_input(dy, x, mean, inv_std, weight, *total, count, **fused)
+        saved = (x, weight, mean, inv_std, mask, count)
+        needs = (need_x, need_weight or need_bias, need_residual)
+        dx, sum_dy, sum_dy_x_hat, dresidual = _backward(kernels, dy, *saved, *needs, ctx.group)
         dweight = sum_dy_x_hat.to(ctx.dtypes[0]) if need_weight else None
         dbias = sum_dy.to(ctx.dtypes[1]) if need_bias else None
         return dx, None, None, dweight, dbias, dresidual, *(None,) * 7
+
+
+def _forward(
+    kernels: Any,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+    group: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Moments | None]:
+    """Return y, mean, inv_std, the mask if it is to be kept, and the batch's moments in training.
+
+    In training the running statistics move.
+    """
+    mask = getattr(kernels, "empty_mask", empty_mask)(x) if keep_mask else None
+    fused = (residual, relu, mask)
+    if not training:
+        assert running_mean is not None and running_var is not None  # _check has seen to it
+        mean, inv_std = _widen(running_mean), torch.rsqrt(_widen(running_var) + eps)
+        y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
+        return y, mean, inv_std, mask, None
+    running: dict[str, Any] = {}  # what the kernels move themselves
+    if group is None and kernels is not reference:
+        if getattr(kernels, "MOVES_RUNNING_STATISTICS", False):
+            running = {"running_mean": running_mean, "running_var": running_var}
+            running["momentum"] = momentum
+        y, batch, inv_std = kernels.moments_and_normalize(x, weight, bias, eps, *fused, **running)
+    else:
+        batch = kernels.moments(x)
+        if group is not None:
+            batch = _distributed().sync_moments(batch, group)
+            if batch.count == 1:
+                raise ValueError(
+                    "expected more than 1 value per channel over all ranks in training, got 1"
+                )
+        inv_std = torch.rsqrt(batch.m2 / max(batch.count, 1) + eps)
+        y = _normalize(kernels, x, batch.mean, inv_std, weight, bias, *fused)
+    if not running:
+        _update(running_mean, running_var, batch, momentum)
+    return y, batch.mean, inv_std, mask, batch
+
+
+def _backward(
+    kernels: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inv_std: Tensor,
+    mask: Tensor | None,
+    count: int | None,
+    need_x: bool,
+    need_sums: bool,
+    need_residual: bool,
+    group: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Return dx, sum_dy, sum_dy_x_hat and dresidual, those that are needed.
+
+    ``count`` is None where the statistics are constants: in evaluation.
+    """
+    if mask is not None and (kernels is reference or count is None or not need_x):
+        dy, mask = _behind_relu(kernels, dy, mask, x), None
+    dresidual = None
+    if need_residual:
+        dresidual = dy if mask is None else kernels.empty_like(x)
+    fused = {} if mask is None else {"mask": mask, "dresidual": dresidual}
+    if need_x and count is not None and group is None and kernels is not reference:
+        out = kernels.grad_sums_and_input(dy, x, mean, inv_std, weight, count, **fused)
+        return *out, dresidual
+    dx: Any = None
+    sums: Any = (None, None)
+    if need_sums or (need_x and count is not None):
+        masked = {} if mask is None else {"mask": mask}
+        sums = kernels.grad_sums(dy, x, mean, inv_std, **masked)
+    if need_x and count is None:
+        dx = kernels.normalize(dy, torch.zeros_like(mean), inv_std, weight)
+    elif need_x:
+        total = sums
+        if group is not None:
+            total = _distributed().sync_sum(torch.stack(total), group).unbind()
+        dx = kernels.grad_input(dy, x, mean, inv_std, weight, *total, count, **fused)
+    return dx, *sums, dresidual
+
+
+def _behind_relu(kernels: Any, dy: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+    """Return the gradient at the input of the ReLU that filled ``mask``, or of none."""
+    if mask is None:
+        return dy
+    return torch.where(getattr(kernels, "unpack_mask", unpack_mask)(mask, x), dy, 0)
+
+
+# --- The layer as an operator, for those who record operations ------------------------------------
+# An operator may not change its inputs if it is to have a gradient, return nothing, or return two
+# views of one tensor: so the running statistics move outside, statistics per channel are one
+# tensor, and an empty one stands for what is not needed.
+
+
+def _recorded(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """The layer by the kernels of a backend, in a form that torch.compile and export can record."""
+    leaves = (x, weight, bias, residual)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    tensors = (x, running_mean, running_var, weight, bias, residual)
+    y, statistics, _ = _operator(*tensors, training, eps, relu, relu and needs_grad, backend)
+    if training:
+        batch = Moments(x.numel() // x.shape[1], statistics[0], statistics[1])
+        _update(running_mean, running_var, batch, momentum)
+    return y
+
+
+@torch.library.custom_op("bnlib::batch_norm", mutates_args=())
+def _operator(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the rows mean, m2 and inv_std, and the mask; the running statistics stay."""
+    x = dense(x)
+    running = (None, None) if training else (running_mean, running_var)
+    options = (training, 0.0, eps, relu, keep_mask, None)
+    tensors = (x, *running, weight, bias, residual)
+    y, mean, inv_std, mask, batch = _forward(_kernels(x, backend), *tensors, *options)
+    m2 = torch.zeros_like(mean) if batch is None else batch.m2
+    statistics = torch.stack((mean, m2, inv_std)).to(_widened(x))
+    return dense(y, x), statistics, _nothing(x) if mask is None else mask
+
+
+@_operator.register_fake
+def _(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
+    statistics = x.new_empty((3, x.shape[1]), dtype=_widened(x))
+    make = getattr(_module(backend), "empty_mask", empty_mask) if keep_mask else _nothing
+    return torch.empty_like(x), statistics, make(x)
+
+
+@torch.library.custom_op("bnlib::batch_norm_backward", mutates_args=())
+def _operator_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    need_x: bool,
+    need_sums: bool,
+    need_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, the rows sum_dy and sum_dy_x_hat, and dy behind the ReLU; empty if not needed."""
+    x = dense(x)
+    kernels, (mean, _, inv_std) = _kernels(x, backend), statistics
+    saved = (x, weight, mean, inv_std, mask, x.numel() // x.shape[1] if training else None)
+    needs = (need_x, need_sums, need_residual)
+    dx, *sums, dresidual = _backward(kernels, dy, *saved, *needs, None)
+    return (
+        dense(dx, x) if need_x else _nothing(x),
+        torch.stack(sums) if need_sums else _nothing(statistics),
+        dense(dresidual, x) if need_residual else _nothing(x),
+    )
+
+
+@_operator_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    mask: Tensor | None,
+    training: bool,
+    need_x: bool,
+    need_sums: bool,
+    need_residual: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
+    return (
+        torch.empty_like(x) if need_x else _nothing(x),
+        torch.empty_like(statistics[:2]) if need_sums else _nothing(statistics),
+        torch.empty_like(x) if need_residual else _nothing(x),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, _, weight, _, _, training, _, _, keep_mask, backend = inputs
+    _, statistics, mask = output
+    ctx.save_for_backward(x, weight, statistics, mask if keep_mask else None)
+    ctx.training, ctx.backend = training, backend
+
+
+def _differentiate(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
+    x, weight, statistics, mask = ctx.saved_tensors
+    need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
+    masked = need_residual and mask is not None
+    needs = (need_x, need_weight or need_bias, masked)
+    dx, sums, dresidual = _operator_backward(
+        dy, x, weight, statistics, mask, ctx.training, *needs, ctx.backend
+    )
+    return (
+        dx if need_x else None,
+        *(None, None),
+        sums[1] if need_weight else None,  # autograd casts it to the dtype of the weight
+        sums[0] if need_bias else None,
+        (dresidual if masked else dy) if need_residual else None,
+        *(None,) * 5,
+    )
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """The mask or gradient that is not needed."""
+    return like.new_empty(0)
+
+
+def _widened(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(
@@ -240,21 +462,9 @@ def _check(
         raise TypeError(f"expected input with a real floating dtype, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"expected input of rank >= 2 (N, C, ...), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if value is None:
-            continue
-        _check_beside(name, value, input)
-        if value.dim() != 1 or value.shape[0] != channels:
-            raise ValueError(
-                f"expected {name} of shape ({channels},) for input of shape "
-                f"{tuple(input.shape)}, got shape {tuple(value.shape)}"
-            )
+    check_vectors(
+        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
     if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
         raise ValueError(
             "expected both running statistics, or none of them in training, got running_mean"
@@ -263,29 +473,11 @@ def _check(
         )
     if not (eps > 0 if training else eps >= 0):
         raise ValueError(f"expected eps {'> 0 in training' if training else '>= 0'}, got {eps}")
-    if residual is not None:
-        _check_beside("residual", residual, input)
-        if residual.shape != input.shape or residual.dtype != input.dtype:
-            raise ValueError(
-                f"expected residual of shape {tuple(input.shape)} and {input.dtype}, "
-                f"got {tuple(residual.shape)} and {residual.dtype}"
-            )
+    check_like(input, residual=residual)
     if activation not in (None, "relu"):
         raise ValueError(f"expected activation None or 'relu', got {activation!r}")
     if backend not in BACKENDS:
         raise ValueError(f"expected backend in {BACKENDS}, got {backend!r}")
-
-
-def _check_beside(name: str, value: Tensor, input: Tensor) -> None:
-    """Raise unless a kernel that reads ``input`` can read ``value`` too."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"expected {name} with a real floating dtype, got {value.dtype}")
-    if value.device != input.device:
-        raise ValueError(
-            f"expected {name} on {input.device}, where the input is, got it on {value.device}"
-        )
 
 
 def _torch_is_as_good(
@@ -372,15 +564,15 @@ def _update(
     """Move the running statistics, in place, towards those of a batch."""
     if running_mean is None or running_var is None or batch.count == 0:
         return
-    mean, m2 = batch.mean.detach(), batch.m2.detach()
-    if running_mean.dtype == running_var.dtype == mean.dtype:  # the same in three operations
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(m2 / (batch.count - 1), momentum)
-        return
-    batch = Moments(batch.count, mean, m2)
-    new = reference.update_running_stats(running_mean, running_var, batch, momentum)
-    running_mean.copy_(new[0])
-    running_var.copy_(new[1])
+    for running, new in (
+        (running_mean, batch.mean.detach()),
+        (running_var, batch.m2.detach() / (batch.count - 1)),
+    ):
+        if running.dtype == new.dtype:
+            running.lerp_(new, momentum)
+        else:
+            dtype = torch.promote_types(running.dtype, new.dtype)
+            running.copy_(torch.lerp(running.to(dtype), new.to(dtype), momentum))
 
 
 def _normalize(
@@ -414,11 +606,11 @@ def _kernels(x: Tensor, backend: str) -> ModuleType:
         name = {"cpu": "cpu", "cuda": "gpu"}.get(x.device.type)
         kernels = None if name is None else _load(name)
         return kernels if kernels is not None and kernels.supports(x) else reference
-    kernels = importlib.import_module(f"bnlib.kernels.{backend}")
+    kernels = _module(backend)
     if not kernels.supports(x):
         raise ValueError(
-            f"expected input that backend={backend!r} takes, got {type(x).__name__} of "
-            f"{x.dtype} on {x.device}"
+            f"expected input that backend={backend!r} takes, {_TAKEN[backend]}, got "
+            f"{type(x).__name__} of {x.dtype} on {x.device}"
         )
     return kernels
 
@@ -426,9 +618,9 @@ def _kernels(x: Tensor, backend: str) -> ModuleType:
 @functools.cache
 def _load(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(f"bnlib.kernels.{name}")
-    except ImportError as error:
-        if error.name == f"bnlib.kernels.{name}":
+        return _module(name)
+    except Exception as error:  # what is installed but broken raises what it likes
+        if isinstance(error, ImportError) and error.name == f"bnlib.kernels.{name}":
             return None  # this installation has no such kernels at all
         warnings.warn(
             f"bnlib computes batch norm with its reference, which is slower: {error} "
@@ -436,6 +628,10 @@ def _load(name: str) -> ModuleType | None:
             stacklevel=4,
         )
         return None
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"bnlib.kernels.{name}")
 
 
 def _widen(t: Tensor) -> Tensor:

@@ -348,6 +348,79 @@ def test_errors_name_what_arrived():
         gpu.moments([1.0])
 
 
+X = torch.zeros(4, 3, 5, 7)
+V = torch.ones(3)
+MASK = gpu.empty_mask(X)
+LAST = X.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, r"mean of shape \(3,\).*got shape \(2,\)", lambda: gpu.normalize(X, V[:2], V)),
+        (ValueError, r"inv_std of shape", lambda: gpu.normalize(X, V, X)),
+        (ValueError, r"weight of shape", lambda: gpu.normalize(X, V, V, V[:0])),
+        (ValueError, r"bias of shape", lambda: gpu.normalize(X, V, V, V, V[:1])),
+        (TypeError, "mean to be a torch.Tensor, got float", lambda: gpu.normalize(X, 1.0, V)),
+        (TypeError, "bias with a real .*int64", lambda: gpu.normalize(X, V, V, V, V.long())),
+        (ValueError, "mean on cpu.* on meta", lambda: gpu.normalize(X, V.to("meta"), V)),
+        (
+            ValueError,
+            r"residual of shape \(4, 3, 5, 7\).*got \(4, 3, 5\)",
+            lambda: gpu.normalize(X, V, V, residual=X[..., 0]),
+        ),
+        (
+            ValueError,
+            r"residual of .*torch.float32, got .*torch.float16",
+            lambda: gpu.normalize(X, V, V, residual=X.half()),
+        ),
+        (
+            ValueError,
+            r"mask of shape \(4, 3, 5\).*got \(4, 3, 4\)",
+            lambda: gpu.normalize(X, V, V, relu=True, mask=MASK[..., :4].contiguous()),
+        ),
+        (ValueError, "mask .*torch.int8", lambda: gpu.normalize(X, V, V, mask=MASK.char())),
+        (
+            ValueError,
+            "contiguous mask",
+            lambda: gpu.grad_sums(X, X, V, V, mask=MASK.movedim(0, 1).contiguous().movedim(0, 1)),
+        ),
+        (ValueError, "mask on cpu", lambda: gpu.grad_sums(X, X, V, V, mask=MASK.to("meta"))),
+        (TypeError, "mask to be a", lambda: gpu.grad_sums(X, X, V, V, mask=[1])),
+        (ValueError, "weight", lambda: gpu.moments_and_normalize(X, V[:2], V, EPS)),
+        (ValueError, "residual", lambda: gpu.moments_and_normalize(X, V, V, EPS, X[:2])),
+        (ValueError, "mask", lambda: gpu.moments_and_normalize(X, V, V, EPS, X, True, MASK[:2])),
+        (
+            ValueError,
+            "running_var",
+            lambda: gpu.moments_and_normalize(X, V, V, EPS, running_mean=V, running_var=V[:1]),
+        ),
+        (ValueError, "dy of shape", lambda: gpu.grad_sums(X[:1], X, V, V)),
+        (ValueError, "mean", lambda: gpu.grad_sums(X, X, V[1:], V)),
+        (ValueError, "dy .*float64", lambda: gpu.grad_input(X.double(), X, V, V, V, V, V, 140)),
+        (ValueError, "sum_dy of", lambda: gpu.grad_input(X, X, V, V, V, V[1:], V, 140)),
+        (ValueError, "sum_dy_x_hat of", lambda: gpu.grad_input(X, X, V, V, V, V, V[1:], 140)),
+        (
+            ValueError,
+            "dresidual of empty_like",
+            lambda: gpu.grad_input(X, X, V, V, V, V, V, 140, dresidual=LAST),
+        ),
+        (ValueError, "dy of", lambda: gpu.grad_sums_and_input(X[..., 1:], X, V, V, V, 140)),
+        (ValueError, "weight", lambda: gpu.grad_sums_and_input(X, X, V, V, V[1:], 140)),
+        (
+            ValueError,
+            "dresidual of shape",
+            lambda: gpu.grad_sums_and_input(X, X, V, V, V, 140, dresidual=X[:1]),
+        ),
+    ],
+)
+def test_what_does_not_fit_the_input_is_refused(monkeypatch, error, message, call):
+    """A kernel would read, or write, past its end."""
+    monkeypatch.setattr(gpu, "_launch", None)
+    with pytest.raises(error, match=message):
+        call()
+
+
 # --- The layer, by backend="gpu" ------------------------------------------------------------------
 
 

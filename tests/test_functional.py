@@ -531,8 +531,15 @@ def test_errors_name_what_arrived(error, message, change):
         batch_norm(**(arguments | change))
 
 
-def test_without_numba_the_reference_serves_and_says_so_once(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.mark.parametrize("error", [ImportError, OSError])
+def test_without_numba_the_reference_serves_and_says_so_once(monkeypatch, error):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "numba":
+                raise error("libllvmlite.so: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
     monkeypatch.delitem(sys.modules, "bnlib.kernels.cpu", raising=False)
     functional._load.cache_clear()
     x = case((4, 3, 5), torch.float32)[0]
@@ -544,7 +551,7 @@ def test_without_numba_the_reference_serves_and_says_so_once(monkeypatch):
             batch_norm(x, None, None, training=True)
         assert len(seen) == 1
         torch.testing.assert_close(y, torch_batch_norm(x, None, None, training=True))
-        with pytest.raises(ImportError):
+        with pytest.raises(error, match="libllvmlite"):
             batch_norm(x, None, None, training=True, backend="cpu")
     finally:
         functional._load.cache_clear()

@@ -13,6 +13,9 @@ A module may also offer two primitives in one call, for data that is still in th
 ``moments_and_normalize`` and ``grad_sums_and_input``. ``supports(x)`` says whether a module takes
 a tensor. This file needs torch alone; the modules are imported when they are first used.
 
+A kernel trusts the sizes that it is told and would read past the end of a tensor that is smaller:
+``check_vectors``, ``check_like`` and ``check_mask`` stand before every one of them.
+
 The layout of the mask is the business of whoever writes and reads it: ``gpu`` has an ``empty_mask``
 and an ``unpack_mask`` of its own, for which neighbours in memory share a byte.
 """
@@ -30,6 +33,108 @@ def channels_are_neighbours(x: Tensor) -> bool:
     return (x.stride(1) == 1 and x.shape[1] > 1) or math.prod(x.shape[2:]) == 1
 
 
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return ``x``, copied if need be, without gaps: contiguous, or with the channels innermost.
+
+    Args:
+        x: shape (N, C, ...), any strides.
+        like: whose layout decides between the two; None for that of ``x``.
+
+    Returns:
+        ``x`` itself where it lies so already.
+    """
+    if channels_are_neighbours(x if like is None else like):
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raise unless each vector is None or has one floating-point value per channel of ``x``.
+
+    Args:
+        x: shape (N, C, ...).
+        vectors: by the names that the error shall give them.
+
+    Raises:
+        TypeError: no tensor, or one that is not real floating.
+        ValueError: another shape than (C,), or another device than that of ``x``.
+    """
+    for name, value in vectors.items():
+        if value is None:
+            continue
+        _check_beside(name, value, x)
+        if value.dim() != 1 or value.shape[0] != x.shape[1]:
+            raise ValueError(
+                f"expected {name} of shape ({x.shape[1]},) for input of shape {tuple(x.shape)}, "
+                f"got shape {tuple(value.shape)}"
+            )
+
+
+def check_like(x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise unless each tensor is None or has the shape, dtype and device of ``x``.
+
+    Args:
+        x: any tensor.
+        tensors: by the names that the error shall give them.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_vectors`.
+    """
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        _check_beside(name, value, x)
+        if value.shape != x.shape or value.dtype != x.dtype:
+            raise ValueError(
+                f"expected {name} of shape {tuple(x.shape)} and {x.dtype}, "
+                f"got {tuple(value.shape)} and {value.dtype}"
+            )
+
+
+def check_mask(x: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` is None or what ``empty_mask(x)`` returns.
+
+    Args:
+        x: the input that the mask belongs to.
+        mask: of the module that asks.
+        shape: that of a mask for ``x``, in the layout of that module.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape or dtype, gaps in memory, or another device than that of ``x``.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"expected mask to be a torch.Tensor, got {type(mask).__name__}")
+    if mask.shape != shape or mask.dtype != torch.uint8 or not mask.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous mask of shape {tuple(shape)} and torch.uint8, which empty_mask "
+            f"makes for input of shape {tuple(x.shape)}, got {tuple(mask.shape)} and {mask.dtype} "
+            f"with strides {mask.stride()}"
+        )
+    if mask.device != x.device:
+        raise ValueError(f"expected mask on {x.device}, where the input is, got {mask.device}")
+
+
+def _check_beside(name: str, value: Tensor, x: Tensor) -> None:
+    """Raise unless a kernel that reads ``x`` can read ``value`` too."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"expected {name} with a real floating dtype, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(
+            f"expected {name} on {x.device}, where the input is, got it on {value.device}"
+        )
+
+
+def mask_shape(x: Tensor) -> tuple[int, int]:
+    """Return the shape of a ReLU mask for ``x``, see :func:`empty_mask`."""
+    rows = 1 if channels_are_neighbours(x) else x.shape[1]
+    return rows, -(-x.numel() // (8 * max(rows, 1)))
+
+
 def empty_mask(x: Tensor) -> Tensor:
     """Return an uninitialised ReLU mask for ``x``, a bit per element.
 
@@ -43,9 +148,7 @@ def empty_mask(x: Tensor) -> Tensor:
     Returns:
         uint8 tensor of shape (1, ⌈N L C / 8⌉) or (C, ⌈N L / 8⌉).
     """
-    rows = 1 if channels_are_neighbours(x) else x.shape[1]
-    columns = -(-x.numel() // (8 * max(rows, 1)))
-    return torch.empty((rows, columns), dtype=torch.uint8, device=x.device)
+    return torch.empty(mask_shape(x), dtype=torch.uint8, device=x.device)
 
 
 def pack_mask(positive: Tensor, x: Tensor) -> Tensor:

@@ -35,15 +35,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnlib.kernels import channels_are_neighbours, check_like, check_mask, check_vectors, dense
 from bnlib.moments import Moments
 
 try:
     import triton
     import triton.language as tl
-except ImportError as error:
+except Exception as error:  # a triton that does not fit the machine raises what it likes
     raise ImportError(
         "the GPU kernels need triton, which has packages for Linux only (it comes with torch's "
-        "CUDA builds); backend='cpu' or 'reference' does without",
+        "CUDA builds); backend='cpu' or 'reference' does without. Importing it: "
+        f"{type(error).__name__}: {error}",
         name="triton",
     ) from error
 
@@ -521,7 +523,7 @@ def supports(x: Tensor) -> bool:
 
 def empty_like(x: Tensor) -> Tensor:
     """Return an uninitialised tensor like ``x``, in a layout that the kernels take."""
-    return torch.empty_like(_dense(x))
+    return torch.empty_like(dense(x))
 
 
 def empty_mask(x: Tensor) -> Tensor:
@@ -536,9 +538,7 @@ def empty_mask(x: Tensor) -> Tensor:
     Returns:
         uint8 tensor of shape (N, C, ⌈P/8⌉), or (N, ⌈C/8⌉, 1) where channels are innermost.
     """
-    n, c, p = _shape(x)
-    shape = (n, triton.cdiv(c, 8), 1) if p == 1 else (n, c, triton.cdiv(p, 8))
-    return torch.empty(shape, dtype=torch.uint8, device=x.device)
+    return torch.empty(_mask_shape(x), dtype=torch.uint8, device=x.device)
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -549,11 +549,8 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     if p == 1:
         flat = bits.reshape(n, -1)[:, :c]
-        if _channels_innermost(x):
-            return flat.reshape(x.shape[0], *x.shape[2:], c).movedim(-1, 1).bool()
-    else:
-        flat = bits.reshape(n, c, -1)[:, :, :p]
-    return flat.reshape(x.shape).bool()
+        return flat.reshape(x.shape[0], *x.shape[2:], c).movedim(-1, 1).bool()
+    return bits.reshape(n, c, -1)[:, :, :p].reshape(x.shape).bool()
 
 
 def _interpreted() -> bool:
@@ -571,27 +568,44 @@ def _checked(x: Tensor, channel_axis: int = 1) -> Tensor:
     if not supports(x):
         missing = "" if torch.cuda.is_available() else "; torch finds no CUDA device here"
         raise RuntimeError(f"expected x on a GPU, got {type(x).__name__} on {x.device}{missing}")
-    return _dense(x.movedim(channel_axis, 1))
+    return dense(x.movedim(channel_axis, 1))
 
 
-def _channels_innermost(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.shape[1] > 1 and not x.is_contiguous()
-
-
-def _dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return ``x``, copied if need be: to the layout of ``like``, or to one that kernels take."""
-    if _channels_innermost(x if like is None else like):
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    return x.contiguous()
+def _checked_backward(
+    x: Tensor,
+    dy: Tensor,
+    channel_axis: int,
+    mask: Tensor | None,
+    dresidual: Tensor | None,
+    **vectors: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return x, dy and dresidual with their channels on axis 1 and in the same layout."""
+    given, x = x, _checked(x, channel_axis)
+    check_like(given, dy=dy, dresidual=dresidual)
+    check_vectors(x, **vectors)
+    check_mask(x, mask, _mask_shape(x))
+    if dresidual is not None:
+        dresidual = dresidual.movedim(channel_axis, 1)
+        if dense(dresidual, x).data_ptr() != dresidual.data_ptr():  # it would not be written to
+            raise ValueError(
+                "expected dresidual of empty_like(x), in the layout of x, got strides "
+                f"{dresidual.stride()} where x has {x.stride()} (channels on axis 1)"
+            )
+    return x, dense(dy.movedim(channel_axis, 1), x), dresidual
 
 
 def _shape(x: Tensor) -> tuple[int, int, int]:
     """Return (N, C, P) as the kernels see a dense tensor."""
     c = x.shape[1]
     values = x.numel() // c if c else 0
-    if _channels_innermost(x) or values == x.shape[0]:
+    if channels_are_neighbours(x):
         return values, c, 1
     return x.shape[0], c, values // max(x.shape[0], 1)
+
+
+def _mask_shape(x: Tensor) -> tuple[int, int, int]:
+    n, c, p = _shape(x)
+    return (n, -(-c // 8), 1) if p == 1 else (n, c, -(-p // 8))
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -660,21 +674,17 @@ def normalize(
         Tensor of the shape, dtype and memory format of ``x``; computed in float32.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`.
+        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
+            have the shape, dtype or device said above.
 
     Source: Ioffe & Szegedy (2015), algorithm 1. Derived in *On the GPU*.
     """
-    x = _checked(x, channel_axis)
-    y = torch.empty_like(x)
-    if x.numel() == 0:
-        return y.movedim(1, channel_axis)
-    if residual is not None:
-        residual = _dense(residual.movedim(channel_axis, 1), x)
-    plan = _plan(*_shape(x), x.itemsize, reduce=False)
-    vectors = _contiguous(mean, inv_std, weight, bias)
-    tensors = (x, *vectors, residual, y, mask if relu else None)
-    _launch(_normalize_kernel, plan.grid, *tensors, *plan.sizes, RELU=relu, **plan.blocks)
-    return y.movedim(1, channel_axis)
+    given, x = x, _checked(x, channel_axis)
+    check_like(given, residual=residual)
+    check_vectors(x, mean=mean, inv_std=inv_std, weight=weight, bias=bias)
+    check_mask(x, mask, _mask_shape(x))
+    residual = None if residual is None else residual.movedim(channel_axis, 1)
+    return _normalize(x, mean, inv_std, weight, bias, residual, relu, mask).movedim(1, channel_axis)
 
 
 def moments_and_normalize(
@@ -704,11 +714,15 @@ def moments_and_normalize(
         ``(y, moments, inv_std)`` with inv_std = 1/√(m2/count + ε), shape (C,), float32.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`.
+        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
+            have the shape, dtype or device said above.
 
     Source: Ioffe & Szegedy (2015), algorithms 1 and 2. Derived in *On the GPU*.
     """
     x = _checked(x)
+    check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_like(x, residual=residual)
+    check_mask(x, mask, _mask_shape(x))
     running = _contiguous(running_mean, running_var)
     fused = residual is not None or mask is not None
     plan = _whole(*_shape(x), x.itemsize, fused) if x.numel() else None
@@ -716,10 +730,9 @@ def moments_and_normalize(
         batch, inv_std = _moments(x, eps, running[0], running[1], momentum)
         _moved((running_mean, running_var), running)
         vectors = (batch.mean, inv_std, weight, bias)
-        y = normalize(x, *vectors, residual=residual, relu=relu, mask=mask)
-        return y, batch, inv_std
+        return _normalize(x, *vectors, residual, relu, mask), batch, inv_std
     y = torch.empty_like(x)
-    residual = None if residual is None else _dense(residual, x)
+    residual = None if residual is None else dense(residual, x)
     count = x.numel() // x.shape[1]
     mean, m2, inv_std = _new(x, 3)
     tensors = (x, *_contiguous(weight, bias), residual, y, mask if relu else None)
@@ -760,23 +773,13 @@ def grad_sums(
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,), float32.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`.
+        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
+            have the shape, dtype or device said above.
 
     Source: Ioffe & Szegedy (2015), section 3. Derived in *On the GPU*.
     """
-    x = _checked(x, channel_axis)
-    dy = _dense(dy.movedim(channel_axis, 1), x)
-    if x.numel() == 0:
-        return _zeros(x), _zeros(x)
-    plan = _plan(*_shape(x), x.itemsize, reduce=True)
-    partials = _partials(x, 2, plan)
-    mean, inv_std = mean.contiguous(), inv_std.contiguous()
-    sums = _new(x, 2)
-    _launch(
-        _grad_sums_kernel, plan.grid, dy, x, mean, mask, partials, *plan.sizes, **plan.blocks
-    )  # fmt: skip
-    _merge(_add_sums_kernel, partials, inv_std, *sums)
-    return sums[0], sums[1]
+    x, dy, _ = _checked_backward(x, dy, channel_axis, mask, None, mean=mean, inv_std=inv_std)
+    return _grad_sums(dy, x, mean, inv_std, mask)
 
 
 def grad_input(
@@ -816,22 +819,17 @@ def grad_input(
         Tensor of the shape, dtype and memory format of ``x``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`.
+        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
+            have the shape, dtype or device said above.
 
     Source: Ioffe & Szegedy (2015), section 3, collected. Derived in *On the GPU*.
     """
-    x = _checked(x, channel_axis)
-    dy = _dense(dy.movedim(channel_axis, 1), x)
-    dx = torch.empty_like(x)
-    if x.numel() == 0:
-        return dx.movedim(1, channel_axis)
-    plan = _plan(*_shape(x), x.itemsize, reduce=False)
-    vectors = _contiguous(mean, inv_std, weight, sum_dy, sum_dy_x_hat)
-    tensors = (dy, x, *vectors, mask, dx, dresidual)
-    _launch(
-        _grad_input_kernel, plan.grid, *tensors, float(max(count, 1)), *plan.sizes, **plan.blocks
+    x, dy, dresidual = _checked_backward(
+        x, dy, channel_axis, mask, dresidual, mean=mean, inv_std=inv_std, weight=weight,
+        sum_dy=sum_dy, sum_dy_x_hat=sum_dy_x_hat,
     )  # fmt: skip
-    return dx.movedim(1, channel_axis)
+    vectors = (mean, inv_std, weight, sum_dy, sum_dy_x_hat)
+    return _grad_input(dy, x, *vectors, count, mask, dresidual).movedim(1, channel_axis)
 
 
 def grad_sums_and_input(
@@ -854,17 +852,19 @@ def grad_sums_and_input(
         ``(dx, sum_dy, sum_dy_x_hat)``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`.
+        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
+            have the shape, dtype or device said above.
 
     Source: Ioffe & Szegedy (2015), section 3, collected. Derived in *On the GPU*.
     """
-    x = _checked(x)
-    dy = _dense(dy, x)
+    x, dy, dresidual = _checked_backward(
+        x, dy, 1, mask, dresidual, mean=mean, inv_std=inv_std, weight=weight
+    )
     plan = _whole(*_shape(x), x.itemsize, fused=True) if x.numel() else None
     if plan is None:
-        sums = grad_sums(dy, x, mean, inv_std, mask=mask)
-        vectors = (mean, inv_std, weight, *sums)
-        return grad_input(dy, x, *vectors, count, mask=mask, dresidual=dresidual), *sums
+        sums = _grad_sums(dy, x, mean, inv_std, mask)
+        dx = _grad_input(dy, x, mean, inv_std, weight, *sums, count, mask, dresidual)
+        return dx, *sums
     dx = torch.empty_like(x)
     sum_dy, sum_dy_x_hat = _new(x, 2)
     tensors = (dy, x, *_contiguous(mean, inv_std, weight), mask, dx, dresidual)
@@ -873,6 +873,9 @@ def grad_sums_and_input(
         warps=plan.warps, **plan.blocks,
     )  # fmt: skip
     return dx, sum_dy, sum_dy_x_hat
+
+
+# --- The same for tensors that have been checked: dense, channels on axis 1 -----------------------
 
 
 def _moments(
@@ -893,6 +896,67 @@ def _moments(
     vectors = (mean, m2, inv_std, running_mean, running_var)
     _merge(_merge_moments_kernel, partials, *vectors, float(count), float(eps), float(momentum))
     return Moments(count, mean, m2), inv_std
+
+
+def _normalize(
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    residual = None if residual is None else dense(residual, x)
+    plan = _plan(*_shape(x), x.itemsize, reduce=False)
+    vectors = _contiguous(mean, inv_std, weight, bias)
+    tensors = (x, *vectors, residual, y, mask if relu else None)
+    _launch(_normalize_kernel, plan.grid, *tensors, *plan.sizes, RELU=relu, **plan.blocks)
+    return y
+
+
+def _grad_sums(
+    dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0:
+        return _zeros(x), _zeros(x)
+    plan = _plan(*_shape(x), x.itemsize, reduce=True)
+    partials = _partials(x, 2, plan)
+    mean, inv_std = mean.contiguous(), inv_std.contiguous()
+    sums = _new(x, 2)
+    _launch(
+        _grad_sums_kernel, plan.grid, dy, x, mean, mask, partials, *plan.sizes, **plan.blocks
+    )  # fmt: skip
+    _merge(_add_sums_kernel, partials, inv_std, *sums)
+    return sums[0], sums[1]
+
+
+def _grad_input(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_x_hat: Tensor,
+    count: int,
+    mask: Tensor | None,
+    dresidual: Tensor | None,
+) -> Tensor:
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx
+    plan = _plan(*_shape(x), x.itemsize, reduce=False)
+    vectors = _contiguous(mean, inv_std, weight, sum_dy, sum_dy_x_hat)
+    tensors = (dy, x, *vectors, mask, dx, dresidual)
+    _launch(
+        _grad_input_kernel, plan.grid, *tensors, float(max(count, 1)), *plan.sizes, **plan.blocks
+    )  # fmt: skip
+    return dx
 
 
 def _partials(x: Tensor, rows: int, plan: _Plan) -> Tensor:
