@@ -217,3 +217,49 @@ def test_another_default_device_does_not_reach_the_kernels():
         y = batch_norm(x, None, None, training=True, backend="cpu")
         y.sum().backward()
     torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 2, 3, 1), (3, 1, 0, 2), (2, 3, 0, 1)], ids=str)
+def test_permuted_strides(order):
+    base = tensors((6, 5, 4, 8))[0]
+    found = []
+    for backend in ("cpu", "reference"):
+        x = base.permute(order).detach().requires_grad_()
+        residual = (2 * base - 9).permute(order).detach().requires_grad_()
+        options = {"residual": residual, "activation": "relu", "backend": backend}
+        y = batch_norm(x, None, None, training=True, **options)
+        dy = torch.arange(y.numel(), dtype=torch.float64).view(y.shape)
+        found.append((y, *torch.autograd.grad(y, (x, residual), dy)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-9)
+
+
+def test_misfits_are_refused():
+    """What does not fit would be read, or written, beyond its end."""
+    x, dy, residual, weight, bias = tensors((8, 5, 3, 3))
+    m = cpu.moments(x)
+    mask, short, wide = empty_mask(x), weight[:4], x.repeat(2, 1, 1, 1)
+    norm = (x, m.mean, m.m2)
+    sums, grad = (dy, *norm), (dy, *norm, weight, bias, bias, 72)
+    for call in (
+        lambda: cpu.moments(x.long()),
+        lambda: cpu.moments(x.numpy()),
+        lambda: cpu.moments(x[0, 0, 0]),
+        lambda: cpu.normalize(x, short, m.m2),
+        lambda: cpu.normalize(*norm, short),
+        lambda: cpu.normalize(*norm, weight, bias, residual=wide),
+        lambda: cpu.normalize(*norm, weight, bias, residual=residual.float()),
+        lambda: cpu.normalize(*norm, relu=True, mask=mask[:4]),
+        lambda: cpu.normalize(*norm, relu=True, mask=mask.bool()),
+        lambda: cpu.grad_sums(wide, *norm),
+        lambda: cpu.grad_sums(dy, x, m.mean, short),
+        lambda: cpu.grad_sums(*sums, mask=mask[:, :-1]),
+        lambda: cpu.grad_input(*sums, weight, short, bias, 72),
+        lambda: cpu.grad_input(*sums, short, bias, bias, 72),
+        lambda: cpu.grad_input(wide, *grad[1:]),
+        lambda: cpu.grad_input(*grad, mask=mask, dresidual=wide),
+        lambda: cpu.grad_input(*grad, mask=mask, dresidual=neighbours(x)),
+        lambda: cpu.grad_input(*grad, mask=mask.cpu().T, dresidual=x),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"expected .* got"):
+            call()

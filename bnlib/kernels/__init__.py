@@ -117,6 +117,23 @@ def check_mask(x: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"expected mask on {x.device}, where the input is, got {mask.device}")
 
 
+def check_layout(x: Tensor, dresidual: Tensor | None) -> None:
+    """Raise unless ``dresidual`` is None or lies in memory as ``x`` does, ready to be filled.
+
+    Args:
+        x: shape (N, C, ...), in the layout of the kernels.
+        dresidual: shape and dtype of ``x``.
+
+    Raises:
+        ValueError: another layout.
+    """
+    if dresidual is not None and dense(dresidual, x).data_ptr() != dresidual.data_ptr():
+        raise ValueError(
+            "expected dresidual of empty_like(x), in the layout of x, got strides "
+            f"{dresidual.stride()} where x has {x.stride()} (channels on axis 1)"
+        )
+
+
 def _check_beside(name: str, value: Tensor, x: Tensor) -> None:
     """Raise unless a kernel that reads ``x`` can read ``value`` too."""
     if not isinstance(value, Tensor):

@@ -35,7 +35,15 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from bnlib.kernels import channels_are_neighbours
+from bnlib.kernels import (
+    channels_are_neighbours,
+    check_layout,
+    check_like,
+    check_mask,
+    check_vectors,
+    dense,
+    mask_shape,
+)
 from bnlib.kernels.lanes import (
     as_stored,
     at_least,
@@ -680,11 +688,22 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
     return _Plan(True, blocks, splits, rows, channels, repeat, copy)
 
 
-def _lay_out(t: Tensor, plan: _Plan) -> Tensor:
-    """``t`` itself if it already lies in memory as the plan has it, else a copy that does."""
-    if not plan.panel or t.dim() == 2:
-        return t.contiguous()
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+def _beside(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` in the layout of ``x``."""
+    return t if t.stride() == x.stride() else dense(t, x)
+
+
+def _checked(
+    x: Tensor, channel_axis: int, mask: Tensor | None = None, **vectors: Tensor | None
+) -> Tensor:
+    """Return ``x`` with its channels on axis 1."""
+    if not supports(x) or x.dim() < 2:
+        what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"expected x to be a floating-point CPU tensor of rank >= 2, got {what}")
+    x = x.movedim(channel_axis, 1)
+    check_vectors(x, **vectors)
+    check_mask(x, mask, mask_shape(x))
+    return x
 
 
 def _vector(v: Tensor | None, default: float, like: Tensor) -> Tensor:
@@ -705,12 +724,12 @@ def _number_dtype(x: Tensor) -> torch.dtype:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Return an uninitialised tensor like ``x``, on huge pages if it is large.
+    """Return an uninitialised tensor like ``x``, laid out for the kernels, on huge pages if large.
 
     Linux by default hands out huge pages to those who ask; PyTorch does not, and takes a page
     fault for every 4 KiB of a large output.
     """
-    t = torch.empty_like(x)
+    t = torch.empty_like(dense(x) if _plan(x.shape, x.stride()).copy else x)
     if _madvise is not None and t.nbytes >= _HUGE_FROM:
         start = -(-t.data_ptr() // 4096) * 4096
         _madvise(start, t.data_ptr() + t.nbytes - start, 14)  # MADV_HUGEPAGE
@@ -752,12 +771,12 @@ def _forward(
 ) -> Tensor | None:
     plan = _plan(x.shape, x.stride())
     if plan.copy:
-        x = _lay_out(x, plan)
+        x = dense(x)
     y = empty_like(x) if apply else None
     if x.numel() == 0:
         stats[:2] = 0
         return y
-    residual = None if residual is None else _lay_out(residual, plan)
+    residual = None if residual is None else _beside(residual, x)
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
     size = (plan.splits, 2, plan.channels)
     partial = x.new_empty(size, dtype=torch.float64) if measure else None
@@ -791,7 +810,7 @@ def _count(x: Tensor) -> int:
 
 def moments(x: Tensor, channel_axis: int = 1) -> Moments:
     """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`."""
-    x = x.movedim(channel_axis, 1)
+    x = _checked(x, channel_axis)
     stats = _stats(x)
     _forward(x, None, None, stats, 1.0, None, False, None, True, False)
     return Moments(_count(x), stats[0], stats[1])
@@ -820,7 +839,8 @@ def normalize(
     Returns:
         Tensor of the shape, dtype and memory format of ``x``.
     """
-    x = x.movedim(channel_axis, 1)
+    check_like(x, residual=residual)
+    x = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std, weight=weight, bias=bias)
     residual = None if residual is None else residual.movedim(channel_axis, 1)
     stats = _stats(x, mean, inv_std)
     y = _forward(x, weight, bias, stats, 0.0, residual, relu, mask, False, True)
@@ -874,8 +894,8 @@ def _backward(
 ) -> Tensor | None:
     plan = _plan(x.shape, x.stride())
     if plan.copy:
-        x = _lay_out(x, plan)
-    dy = _lay_out(dy, plan)
+        x = dense(x)
+    dy = _beside(dy, x)
     dx = empty_like(x) if apply else None
     if x.numel() == 0:
         if measure:
@@ -912,7 +932,8 @@ def grad_sums(
     Returns:
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
     """
-    x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
+    check_like(x, dy=dy)
+    x, dy = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std), dy.movedim(channel_axis, 1)
     sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, True, False)
     first, second = sums.unbind()
@@ -943,7 +964,13 @@ def grad_input(
     Returns:
         Tensor of the shape, dtype and memory format of ``x``.
     """
-    x, dy = x.movedim(channel_axis, 1), dy.movedim(channel_axis, 1)
+    check_like(x, dy=dy, dresidual=dresidual)
+    vectors = {"weight": weight, "sum_dy": sum_dy, "sum_dy_x_hat": sum_dy_x_hat}
+    x = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std, **vectors)
+    dy = dy.movedim(channel_axis, 1)
+    if dresidual is not None:
+        dresidual = dresidual.movedim(channel_axis, 1)
+        check_layout(dense(x), dresidual)
     sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
     sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
     count = max(count, 1)

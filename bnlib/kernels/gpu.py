@@ -35,7 +35,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnlib.kernels import channels_are_neighbours, check_like, check_mask, check_vectors, dense
+from bnlib.kernels import (
+    channels_are_neighbours,
+    check_layout,
+    check_like,
+    check_mask,
+    check_vectors,
+    dense,
+)
 from bnlib.moments import Moments
 
 try:
@@ -586,11 +593,7 @@ def _checked_backward(
     check_mask(x, mask, _mask_shape(x))
     if dresidual is not None:
         dresidual = dresidual.movedim(channel_axis, 1)
-        if dense(dresidual, x).data_ptr() != dresidual.data_ptr():  # it would not be written to
-            raise ValueError(
-                "expected dresidual of empty_like(x), in the layout of x, got strides "
-                f"{dresidual.stride()} where x has {x.stride()} (channels on axis 1)"
-            )
+        check_layout(x, dresidual)
     return x, dense(dy.movedim(channel_axis, 1), x), dresidual
 
 
