@@ -60,14 +60,20 @@ def epub(site, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def browser():
-    """The system's Chromium, driven by Playwright."""
+def chromium():
+    """The path of the system's Chromium."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: install chromium to run the browser tests")
+    return CHROMIUM
+
+
+@pytest.fixture(scope="session")
+def browser(chromium):
+    """The system's Chromium, driven by Playwright."""
     from playwright.sync_api import sync_playwright
 
     options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        browser = playwright.chromium.launch(executable_path=chromium, args=options)
         yield browser
         browser.close()

@@ -68,12 +68,20 @@ def test_axis_letters_in_comments_are_colored():
     assert re.sub(r"</?span[^>]*>", "", colored) == re.sub(r"</?span[^>]*>", "", html)
 
 
-def test_katex_renders_with_the_node_that_pip_installed(monkeypatch):
+@pytest.fixture
+def server(monkeypatch):
+    """KaTeX as the build runs it."""
     monkeypatch.setattr(katex, "NODEJS_BINARY", katex_build.node_binary())
     monkeypatch.setattr(
         katex, "KATEX_DEFAULT_OPTIONS", {"throwOnError": True, "strict": False, "trust": True}
     )
     monkeypatch.setattr(katex.KaTeXServer, "katex_path", "katex.min.js")
+    start = classmethod(katex_build.start_server_process)
+    monkeypatch.setattr(katex.KaTeXServer, "start_server_process", start)
+    monkeypatch.setattr(katex, "STARTUP_TIMEOUT", 60.0)
+
+
+def test_katex_renders_with_the_node_that_pip_installed(server, monkeypatch):
     monkeypatch.setenv("PATH", "")  # no other node can be found
     html = katex_build.render_latex(r"\frac{x_N}{\sqrt{N^2}} = \mathbf{W}")
     assert html.count('class="enclosing axis-n') == 2
@@ -82,10 +90,7 @@ def test_katex_renders_with_the_node_that_pip_installed(monkeypatch):
     assert "axis-w" not in html
 
 
-def test_formula_that_katex_cannot_parse_is_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr(katex, "NODEJS_BINARY", katex_build.node_binary())
-    monkeypatch.setattr(katex, "KATEX_DEFAULT_OPTIONS", {"throwOnError": True})
-    monkeypatch.setattr(katex.KaTeXServer, "katex_path", "katex.min.js")
+def test_formula_that_katex_cannot_parse_is_a_warning(server, monkeypatch):
     messages = []
     monkeypatch.setattr(katex_build.logger, "warning", lambda *a, **k: messages.append(a))
     katex_build.render_latex(r"\frac{1}{")

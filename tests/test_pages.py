@@ -14,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from alt_text import alt_problem
 from axe_playwright_python.sync_playwright import Axe
-from conftest import CHROMIUM
 
 LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
 MOST = 2_500  # elements that a browser must lay out before a page is there
@@ -350,10 +349,10 @@ def test_far_blocks_are_found_and_printed(site, browser):
         )
 
 
-def test_far_blocks_are_read_aloud(site, browser):
+def test_far_blocks_are_read_aloud(site, browser, chromium):
     """The tree that a screen reader gets has every formula, and none of their LaTeX."""
     reading = browser.browser_type.launch(
-        executable_path=CHROMIUM,
+        executable_path=chromium,
         args=["--no-sandbox", "--disable-gpu", "--force-renderer-accessibility"],
     )
     page = reading.new_page()
