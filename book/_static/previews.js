@@ -46,13 +46,21 @@
     box.replaceChildren(shown);
     // Spoken, a formula's source says more than its symbols one after the other.
     box.ariaLabel = box.querySelector(".katex-display annotation")?.textContent ?? null;
-    box.style.maxHeight = "";
-    if (!box.isConnected) a.closest("article").append(box);
+    if (!box.isConnected) {
+      const article = a.closest("article");
+      article.append(box);
+      // Far blocks are laid out when they come near, and move the link.
+      new ResizeObserver(() => link && place()).observe(article);
+    }
     box.showPopover();
+    place();
+  }
 
+  function place() {
     // Below the link, or above it where there is more room; never on it. The box keeps inside the
     // window whatever becomes of its size, because percentages of a translation are its own.
-    const at = a.getBoundingClientRect();
+    const at = link.getBoundingClientRect();
+    box.style.maxHeight = "";
     const room = innerHeight - at.bottom;
     const above = room < box.offsetHeight + 16 && at.top > room;
     const width = document.documentElement.clientWidth;
