@@ -400,3 +400,30 @@ def test_print_has_no_furniture(site, browser):
               .length"""
         )
         assert wide == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_paper_is_white_and_has_every_figure(site, browser, tmp_path, theme):
+    with Visit(browser, site.joinpath(*LONGEST).as_uri(), theme=theme) as visit:
+        page = visit.page
+        loaded = "[...document.images].every((e) => e.complete && e.naturalWidth)"
+        assert not page.evaluate(loaded)
+        page.evaluate(
+            """() => {
+              window.printed = [];
+              const watch = () => printed.push(getComputedStyle(document.body).color);
+              for (const kind of ["beforeprint", "afterprint"]) addEventListener(kind, watch);
+            }"""
+        )
+        screen = page.evaluate("getComputedStyle(document.body).color")
+        page.keyboard.press("Control")  # the first half of Ctrl+P
+        page.wait_for_function(loaded)
+        page.pdf(path=tmp_path / "chapter.pdf")
+        assert page.evaluate("printed") == ["rgb(31, 36, 43)", screen]
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+
+
+def test_ids_are_unique(site):
+    for path in pages_of(site):
+        ids = re.findall(r'<[^<>]*\sid="([^"]+)"', (site / path).read_text(encoding="utf-8"))
+        assert len(ids) == len(set(ids)), (path, {i for i in ids if ids.count(i) > 1})

@@ -49,6 +49,7 @@ SCRIPTS = (
     "scripts/bootstrap.js",
     "scripts/pydata-sphinx-theme.js",
     "previews.js",
+    "print.js",
 )
 # What the theme does as a page opens, and what is done in its place.
 THEME_MODE = 'document.documentElement.dataset.theme = localStorage.getItem("theme") || "auto";'
@@ -312,6 +313,9 @@ def mend_page(html: str) -> str:
         '<div class="pst-scrollable-table-container">',
         '<div class="pst-scrollable-table-container" tabindex="0" role="group" aria-label="Table">',
     )
+    # An id stands once on a page, and a link starts at its first word.
+    html = re.sub(r'<section id="(?:exercise|solution)-content">', "<section>", html)
+    html = re.sub(r'(<p class="admonition-title">Solution to)(<a [^>]*>) ', r"\1 \2", html)
     # Roles that the accessibility standard has dropped, or that need what is not there.
     html = html.replace(' role="doc-biblioentry"', "").replace(
         ' role="list" class="citation-list"', ' class="citation-list"'
