@@ -242,6 +242,22 @@ def test_keyboard_sees_where_it_is(site, browser):
         assert [s for s in others if s[1] == "none" or s[2] == "0px"] == []
 
 
+def test_keyboard_stays_in_the_window(site, browser):
+    """No stop lies in a closed drawer, forwards from the top or backwards from the end."""
+    with Visit(browser, site.joinpath(*LONGEST).as_uri(), width=375) as visit:
+        for key in ("Tab", "Shift+Tab"):
+            visit.page.goto(site.joinpath(*LONGEST).as_uri())
+            for _ in range(12):
+                visit.page.keyboard.press(key)
+                left, right, name = visit.page.evaluate(
+                    """() => {
+                      const e = document.activeElement, r = e.getBoundingClientRect();
+                      return [r.left, r.right, e.textContent.trim()];
+                    }"""
+                )
+                assert right > 0 and left < 375, name
+
+
 def test_search_finds_names_and_words(site, browser):
     for word, page in (("per_channel", "api"), ("Bessel", "glossary"), ("reduction_axes", "api")):
         with Visit(browser, f"{(site / 'search.html').as_uri()}?q={word}") as visit:
