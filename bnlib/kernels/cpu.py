@@ -51,6 +51,7 @@ from bnlib.kernels.lanes import (
     lanes_in,
     load,
     positive,
+    prefetch,
     rounded,
     spread,
     store,
@@ -72,8 +73,6 @@ _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
 # Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
 _TILE, _ROWS = 2048, 128
-
-
 # Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
 # the address waits for it.
 _APART = 80
@@ -216,10 +215,17 @@ def _read_bits(mask, at):
 
 
 @_jit
+def _far(x, size):
+    """Whether to ask for the next channel's row: too short for the processor to see it coming."""
+    return size <= 512 and x.size > 1 << 20  # and more than its cache
+
+
+@_jit
 def _rows_moments(x, channels, size, c, n0, n1):
     """Mean and m2 of channel c of samples n0 .. n1."""
     none, width = spread(x, 0.0), lanes_in(x)
     per_tile = max(1, _TILE // size)
+    ahead = _far(x, size)
     count, mean, m2 = 0, 0.0, 0.0
     for n in range(n0, n1, per_tile):
         n_end = min(n + per_tile, n1)
@@ -233,6 +239,8 @@ def _rows_moments(x, channels, size, c, n0, n1):
             for m in range(n, n_end):
                 at = (m * channels + c) * size
                 for i in range(i0, i1, width):
+                    if ahead:
+                        prefetch(x, at + size + i)
                     d = load(x, at + i, i1 - i, near) - near
                     s = s + d
                     q = q + d * d
@@ -272,6 +280,7 @@ def _rows_gradient_sums(dy, x, mask, channels, size, mean, c, n0, n1):
     none, width, middle = spread(x, 0.0), lanes_in(x), spread(x, mean[c])
     bits = mask.size // channels * 8
     per_tile = max(1, _TILE // size)
+    ahead = _far(x, size)
     sum_dy, sum_dy_x = 0.0, 0.0
     for n in range(n0, n1, per_tile):
         for i0 in range(0, size, _TILE):
@@ -280,6 +289,9 @@ def _rows_gradient_sums(dy, x, mask, channels, size, mean, c, n0, n1):
             for m in range(n, min(n + per_tile, n1)):
                 at = (m * channels + c) * size
                 for i in range(i0, i1, width):
+                    if ahead:
+                        prefetch(x, at + size + i)
+                        prefetch(dy, at + size + i)
                     g = load(dy, at + i, i1 - i, none)
                     if mask.size:
                         g = keep(_read_bits(mask, c * bits + m * size + i), g)

@@ -167,6 +167,23 @@ def store(typingctx, array, i, n, v):
 
 
 @intrinsic
+def prefetch(typingctx, array, i):
+    """Ask for array[i] ahead of time; it may lie beyond the end."""
+
+    def generate(context, builder, signature, arguments):
+        byte = ir.IntType(8).as_pointer()
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        int32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(ask, [pointer, int32(0), int32(2), int32(1)])  # to read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@intrinsic
 def spread(typingctx, array, number):
     """The number in all lanes, of the precision in which ``array`` is computed with."""
     lanes = _lanes_of(array)
