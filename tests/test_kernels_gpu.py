@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.util
+import inspect
 import itertools
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnlib import functional
+from bnlib import functional, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(
@@ -35,6 +37,38 @@ def python(*arguments, **environment):
         text=True,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+# --- One interface --------------------------------------------------------------------------------
+
+
+def parameters(function):
+    """Name, kind and default of each parameter."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["moments", "normalize", "grad_sums", "grad_input"])
+def test_the_primitives_have_one_signature(name):
+    """The reference's, and for both kinds of kernels the same that is fused besides."""
+    from bnlib.kernels import cpu, gpu
+
+    expected, kernels = parameters(getattr(reference, name)), parameters(getattr(gpu, name))
+    assert parameters(getattr(cpu, name)) == kernels
+    assert kernels[: len(expected)] == expected
+    assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in kernels[len(expected) :])
+
+
+@needs_triton
+def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
+    from bnlib.kernels import gpu
+
+    monkeypatch.setattr(gpu, "supports", lambda x: x.is_supported)
+    for is_supported, expected in ((True, gpu), (False, reference)):
+        on = types.SimpleNamespace(
+            device=torch.device("cuda"), numel=lambda: 1, is_supported=is_supported
+        )
+        assert functional._kernels(on, "auto") is expected
 
 
 # --- In the interpreter ---------------------------------------------------------------------------
@@ -149,6 +183,7 @@ def test_compiles_without_spills_and_with_wide_loads(
         assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), f"{kernel.__name__} spills"
         threads = 32 * blocks.get("warps", 4)
         assert registers * threads <= 65536, "not even one program fits on a multiprocessor"
+        assert binary.metadata.shared <= 227 << 10, "more memory than a program can share"
         if "BN" not in blocks:
             continue  # merges a few numbers per channel
         tile = blocks["BN"] * blocks["BC"] * blocks["BP"] * dtype.itemsize
@@ -196,15 +231,20 @@ class Record(TorchDispatchMode):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("shape", [(32, 64, 7, 7), (256, 3, 64, 64)], ids=["whole", "split"])
-def test_no_number_travels_between_host_and_device(monkeypatch, shape, activation, training):
-    """Which a CUDA graph forbids: everything stays on the device of the input, and unread."""
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_number_travels_and_nothing_is_copied(monkeypatch, layout, shape, activation, training):
+    """A CUDA graph forbids the one: everything stays on the device of the input, and unread.
+
+    The other would be a pass that nobody has counted.
+    """
     from bnlib.kernels import gpu
 
     launched = []
     monkeypatch.setattr(gpu, "supports", lambda x: True)
     monkeypatch.setattr(gpu, "_launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     monkeypatch.setattr(functional, "_is_traced", lambda: False)  # the test itself records
-    x, residual = (torch.empty(shape, device="meta", requires_grad=True) for _ in range(2))
+    x, residual = (torch.empty(shape, device="meta", memory_format=layout) for _ in range(2))
+    x.requires_grad_(), residual.requires_grad_()
     w, b = (torch.empty(shape[1], device="meta", requires_grad=True) for _ in range(2))
     running = torch.empty(2, shape[1], device="meta").unbind()
     with Record() as record:
@@ -214,7 +254,10 @@ def test_no_number_travels_between_host_and_device(monkeypatch, shape, activatio
         torch.autograd.grad(y, (x, w, b, residual), torch.empty_like(y))
     assert len(launched) >= 2
     assert all(devices <= {"meta"} for _, devices in record.seen), record.seen
-    assert not any("_local_scalar_dense" in name for name, _ in record.seen)
+    forbidden = ["_local_scalar_dense", "nonzero"]
+    if training:  # in evaluation torch's operations unpack the mask
+        forbidden += ["copy", "clone", "contiguous"]
+    assert not any(word in name for word in forbidden for name, _ in record.seen), record.seen
 
 
 # --- How tensors are cut --------------------------------------------------------------------------
