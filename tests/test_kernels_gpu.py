@@ -12,14 +12,19 @@ import re
 import subprocess
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnlib import functional, reference
+from bnlib.plotting import AXIS_COLORS, INK, use_style
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(
@@ -101,6 +106,7 @@ CASES = [
     ((32, 512, 28), torch.float32, False, 16),
     ((32, 256, 14), torch.bfloat16, False, 8),  # rows of 196 elements: multiples of 4
     ((256, 512, 7), torch.bfloat16, False, 2),  # rows of 49
+    ((32, 1023, 31), torch.bfloat16, True, 2),  # no layer of ResNet-50: an odd number of channels
 ]
 
 
@@ -460,6 +466,92 @@ def test_benchmark_says_what_is_missing(tmp_path):
 
 def test_recorded_measurements_have_the_columns():
     assert (ROOT / "book/data/gpu.csv").read_text().splitlines()[0] == CSV_HEADER
+
+
+@pytest.fixture
+def measured_cells(monkeypatch, tmp_path, capsys):
+    """Run the cells of the chapter that show the measurements, with other rows; a function that
+    returns what they print and the figures that they show.
+    """
+    nb = nbformat.read(ROOT / "book" / "scale" / "gpu.ipynb", as_version=4)
+    sources = [c.source for c in nb.cells if c.cell_type == "code"]
+    (table,) = [source for source in sources if "gpu.csv" in source]
+    (plot,) = [source for source in sources if "def draw_measured" in source]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "scale").mkdir()
+    monkeypatch.chdir(tmp_path / "scale")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+
+    def run(rows):
+        with (tmp_path / "data" / "gpu.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, CSV_HEADER.split(","))
+            writer.writeheader()
+            writer.writerows(rows)
+        names = {"csv": csv, "np": np, "plt": plt, "Path": Path, "defaultdict": defaultdict}
+        names |= {"AXIS_COLORS": AXIS_COLORS, "INK": INK}
+        capsys.readouterr()
+        with plt.rc_context():
+            use_style()
+            for source in (table, plot):
+                exec(source, names)
+            for figure in shown:
+                figure.canvas.draw()
+        return capsys.readouterr().out, shown
+
+    yield run
+    plt.close("all")
+
+
+def measurement(op, impl, median, floor="", gpu="Card A", c=64, layout="NCHW", dtype="float32"):
+    values = ("2026-01-01", "m", gpu, "1", "2", "3", op, layout, dtype, 32, c, 8, 8, impl)
+    return dict(zip(CSV_HEADER.split(","), (*values, median, floor), strict=True))
+
+
+def test_the_chapter_says_that_nothing_is_measured(measured_cells):
+    step = measurement("resnet50_step", "bnlib", 1e5)  # as when a run was cut off
+    for rows, times in (([], 2), ([step], 1)):
+        said, figures = measured_cells(rows)
+        assert said.count("not yet measured") == times and not figures
+
+
+def test_the_chapter_draws_what_is_measured(measured_cells):
+    rows = [
+        measurement("bandwidth", "copy", 250.0, 250.0),
+        measurement("train_fwd_bwd", "bnlib", 10.0, 8.0),
+        measurement("train_fwd_bwd", "eager", 20.0, 8.0),
+        measurement("train_fwd_bwd", "copy", 2.0, 2.0),
+        measurement("train_fwd_bwd", "bnlib", 20.0, 8.0, c=128, dtype="bfloat16"),
+        measurement("train_fwd_bwd", "bnlib", 20.0, 15.0, c=128),
+        measurement("train_fwd_bwd", "eager", 160.0, 15.0, c=128),
+        measurement("train_fwd_bwd", "compile", 10.0, 15.0, c=128),
+        measurement("train_fwd_bwd", "bnlib", 10.0, 9.0, gpu="Card B", layout="channels_last"),
+        measurement("resnet50_step", "bnlib", 100.0, dtype="bfloat16"),
+        measurement("resnet50_step", "eager", 125.0, dtype="bfloat16"),
+    ]
+    said, (figure,) = measured_cells(rows)
+    assert "not yet measured" not in said
+    for card in ("Card A", "Card B"):
+        assert f"{card}, driver 1, torch 2, triton 3, 2026-01-01" in said
+    assert "copy: 4.00 TB/s" in said
+    lines = [line.split() for line in said.splitlines()]
+    # eager: the root of 160/20 x 20/10; compile on one shape only.
+    assert ["train_fwd_bwd", "NCHW", "float32", "4.00", "(2)", "0.50", "(1)"] in lines
+    assert ["resnet50_step", "NCHW", "bfloat16", "1.25", "(1)", "–"] in lines
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert len(panels) == 4
+    for title, impl, points in (
+        ("Card A\nNCHW", "bnlib", [(0.524288, 0.8), (0.524288, 0.4), (1.048576, 0.75)]),
+        ("Card A\nNCHW", "compile", [(1.048576, 1.5)]),
+        ("Card B\nchannels_last", "bnlib", [(0.524288, 0.9)]),
+        ("Card B\nchannels_last", "eager", []),
+    ):
+        (line,) = [line for line in panels[title].lines if line.get_label() == impl]
+        found = [(round(float(mb), 6), round(float(share), 6)) for mb, share in line.get_xydata()]
+        assert sorted(found) == sorted(points)
+    assert {text.get_text() for text in figure.legends[0].texts} == {
+        "bnlib", "compile", "eager", "eager_nocudnn",
+    }  # fmt: skip
 
 
 # --- Refused --------------------------------------------------------------------------------------

@@ -455,6 +455,8 @@ def _plan(n: int, c: int, p: int, itemsize: int, reduce: bool) -> _Plan:
     tile = _TILE // itemsize
     bn, bc, bp = 1, 1, 1
     if p == 1:  # channels are contiguous: 64 of them are 128 bytes or more
+        if c % 4:  # narrow loads, each with an address of its own: 16 fit into a thread's registers
+            tile = min(tile, 2048)
         bc = min(max(_power(c), 8), 64)
         bn = min(_power(n), tile // bc)
     else:
