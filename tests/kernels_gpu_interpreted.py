@@ -502,7 +502,7 @@ def test_the_order_of_the_programs_does_not_count(monkeypatch, cut, layout):
     """A GPU runs them as it likes: backwards, every bit is the same."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    x, (w, b) = draw((3, 20, 5, 7), layout=layout), vectors(20)
+    x, (w, b) = draw((3, 9, 5, 7), layout=layout), vectors(9)
 
     def run():
         running = [torch.full_like(w, 0.5), torch.full_like(w, 2.0)]
@@ -521,7 +521,7 @@ def test_the_order_of_the_programs_does_not_count(monkeypatch, cut, layout):
 
     monkeypatch.setattr(builder, "set_grid_idx", backwards)
     assert all(map(torch.equal, forwards, run()))
-    assert len(order) > 4 and order != sorted(order)
+    assert len(order) > 2 and order != sorted(order)
 
 
 def test_functional_second_derivative_and_parts():
