@@ -189,7 +189,6 @@ def test_compiles_without_spills_and_with_wide_loads(
         assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), f"{kernel.__name__} spills"
         threads = 32 * blocks.get("warps", 4)
         assert registers * threads <= 65536, "not even one program fits on a multiprocessor"
-        assert binary.metadata.shared <= 227 << 10, "more memory than a program can share"
         if "BN" not in blocks:
             continue  # merges a few numbers per channel
         tile = blocks["BN"] * blocks["BC"] * blocks["BP"] * dtype.itemsize
