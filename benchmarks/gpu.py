@@ -4,19 +4,21 @@ One command, under eight minutes, no network, from a bare checkout:
 
     python benchmarks/gpu.py
 
-It needs four packages that this Python can import: torch (with CUDA), triton, numpy and
-array-api-compat; it says which are missing. It writes book/data/gpu.csv (``--out`` for another
-file), one row per measurement, as they are made, and prints the rest: the copy and read bandwidths,
-determinism, which kernels ran, peak memory, a summary against what is wanted of the kernels, every
-wish that is not met, and the name of everything that there was no time to measure.
+It needs three packages that this Python can import: torch (with CUDA), triton and numpy; it says
+which are missing. It writes book/data/gpu.csv (``--out`` for another file), one row per
+measurement, as they are made, and prints the rest: the copy and read bandwidths, determinism, which
+kernels ran, peak memory, a summary against what is wanted of the kernels, every wish that is not
+met, and the name of everything that there was no time to measure. What fails is named and left out,
+and the rest is measured; only a wrong result ends it.
 
 ``--dry-run`` goes through all of it on the CPU with tiny shapes, the kernels in Triton's
 interpreter; its times mean nothing, and it writes only where ``--out`` says.
 
-How it measures. All implementations of one operation take turns; the inputs rotate among several
-sets that together exceed the L2 cache, so that nothing is found there by accident. The time is the
-GPU's own: a pause is queued first, during which the host queues the calls, so that the host's
-overhead is not measured (it is printed separately). The number is the median of the rounds.
+How it measures. All implementations of one operation take turns, and every turn takes the next of
+several sets of inputs; until a set comes round again, more than the L2 cache holds has been read,
+so that nothing is found there by accident. The time is the GPU's own: a pause is queued first,
+during which the host queues the calls, so that the host's overhead is not measured (it is printed
+separately). The number is the median of the rounds.
 
 The floor of an operation is the time to copy as many bytes as it must move, at the bandwidth of a
 copy in the same run. A tensor that exceeds the L2 cache must be read once for the statistics and
@@ -50,6 +52,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +90,6 @@ WANTED = {("train_fwd_bwd", "eager"): 1.2, ("add_relu_fwd_bwd", "eager"): 1.5}
 WANTED |= {("add_relu_fwd_bwd", "compile"): 1.0}
 WANTED_FLOOR, LARGE = 0.8, 100e6  # the least share of the floor, for tensors of so many bytes
 WANTED_ANYWHERE = 1 / 1.05  # the least ratio to eager, for any shape
-ROUNDS = 9
 EPS = 1e-5
 
 
@@ -124,7 +126,6 @@ def import_or_explain(dry_run: bool) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     for module, package in (
         ("numpy", "numpy"),
-        ("array_api_compat", "array-api-compat"),
         ("torch", "torch, with CUDA"),
         ("triton", "triton"),
     ):
@@ -138,6 +139,23 @@ def import_or_explain(dry_run: bool) -> None:
 
     if not dry_run and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: torch finds no CUDA device (--dry-run does without)")
+    try:
+        import array_api_compat  # noqa: F401
+    except ImportError:
+        sys.modules["array_api_compat"] = stand_in(torch)
+
+
+def stand_in(torch):
+    """What bnlib asks array-api-compat for, of torch: machines with a GPU seldom have it."""
+    xp = types.SimpleNamespace(
+        astype=lambda x, dtype, copy=True: x.to(dtype, copy=copy),
+        isdtype=lambda dtype, kind: {"real floating": dtype.is_floating_point}[kind],
+    )
+    for name in ("finfo", "float32", "mean", "reshape", "sqrt", "sum"):
+        setattr(xp, name, getattr(torch, name))
+    module = types.ModuleType("array_api_compat")
+    module.array_namespace = lambda *arrays: xp
+    return module
 
 
 def own_caches() -> None:
@@ -163,6 +181,7 @@ from bnlib import functional, reference  # noqa: E402
 from bnlib.kernels import gpu  # noqa: E402
 
 DEVICE = "cpu" if ARGS.dry_run else "cuda"
+ROUNDS = 1 if ARGS.dry_run else 9
 START = time.perf_counter()
 RESNET50_BATCH = (2, 32) if ARGS.dry_run else (128, 224)  # images, height and width
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -174,6 +193,10 @@ def elapsed() -> float:
 
 def say(text: str) -> None:
     print(f"[{elapsed():5.0f} s] {text}", flush=True)
+
+
+def brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def sync() -> None:
@@ -253,28 +276,40 @@ def call(name, layer, inputs, op):
 # --- Timing ---------------------------------------------------------------------------------------
 
 
-def time_in_turns(calls):
-    """Return the median time in µs of every named list of functions, taking turns."""
-    for functions in calls.values():
-        for function in functions[:1] + functions:  # the first compiles
-            function()
+def warm_up(functions):
+    """Call what will be timed, and wait: the first call compiles, and an error shows here."""
+    for function in functions[:1] + functions[:2]:
+        function()
     sync()
+
+
+def time_in_turns(calls):
+    """Return the median time in µs of every named list of functions, taking turns.
+
+    Every turn takes the next function of a list, each of which has buffers of its own: on the same
+    buffers, the second implementation would find in the cache what the first has read.
+    """
     times = {name: [] for name in calls}
-    for turn in range(1 if ARGS.dry_run else ROUNDS):
+    turn = itertools.count()
+    cycles = 5_000_000  # of a pause: 2.5 ms or more
+    for _ in range(ROUNDS):
         if DEVICE == "cpu":
             for name, functions in calls.items():
                 start = time.perf_counter()
-                functions[turn % len(functions)]()
+                functions[next(turn) % len(functions)]()
                 times[name].append(1e6 * (time.perf_counter() - start))
             continue
         events = {}
-        torch.cuda._sleep(5_000_000)  # cycles: 2.5 ms or more, for the host to queue what follows
+        torch.cuda._sleep(cycles)  # for the host to queue what follows
+        start = time.perf_counter()
         for name, functions in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            functions[turn % len(functions)]()
+            functions[next(turn) % len(functions)]()
             end.record()
             events[name] = begin, end
+        # A slow host gets a longer pause: 3e9 cycles a second are more than GPUs have.
+        cycles = max(cycles, int(3e9 * (time.perf_counter() - start)))
         torch.cuda.synchronize()
         for name, (begin, end) in events.items():
             times[name].append(1e3 * begin.elapsed_time(end))
@@ -286,7 +321,10 @@ def bandwidths():
     size = 1 << (16 if ARGS.dry_run else 30)
     x, y = (torch.ones(size // 4, device=DEVICE) for _ in range(2))
     x.normal_()
-    times = time_in_turns({"copy": [lambda: y.copy_(x)], "read": [lambda: x.sum()]})
+    calls = {"copy": [lambda: y.copy_(x)], "read": [lambda: x.sum()]}
+    for functions in calls.values():
+        warm_up(functions)
+    times = time_in_turns(calls)
     say(
         f"copy {2 * size / times['copy'] / 1e6:.3f} TB/s (read + written), "
         f"read {size / times['read'] / 1e6:.3f} TB/s (torch.sum)"
@@ -323,8 +361,12 @@ def compile_ahead():
     if ARGS.dry_run or ARGS.ahead_seconds <= 0:
         return lambda until=0: None
     memory = torch.cuda.get_device_properties(0).total_memory
-    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 3, memory // (10 << 30)))
-    pool = multiprocessing.get_context("spawn").Pool(workers)
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 3, memory // (12 << 30)))
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(workers)
+    except OSError as error:  # a machine without shared memory, say
+        say(f"nothing is compiled ahead: {brief(error)}")
+        return lambda until=0: None
     jobs = [(step_ahead, (layout,)) for layout in LAYOUTS]
     jobs += [(layer_ahead, (case, WANTED_OPS)) for case in cases()]
     jobs += [(layer_ahead, (case, ("eval",))) for case in cases()]
@@ -361,7 +403,7 @@ def layer_ahead(case, ops):
                 call("", layer, inputs, op)()
         return None
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return brief(error)
     finally:
         inputs = None
         torch.cuda.empty_cache()
@@ -373,7 +415,7 @@ def step_ahead(layout):
         resnet50_step("compile", layout, "bfloat16")()
         return None
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return brief(error)
     finally:
         torch._dynamo.reset()
         torch.cuda.empty_cache()
@@ -672,7 +714,7 @@ def check_graph():
 
 
 def attempt(checks):
-    """Run checks of what torch does around the kernels; return the errors, none of them a result.
+    """Run what the measurements can do without; return the errors, none of them a wrong result.
 
     A wrong result ends the program; a machine without, say, a network for NCCL does not.
     """
@@ -681,7 +723,7 @@ def attempt(checks):
         try:
             one()
         except Exception as error:
-            errors.append(f"{one.__name__}: {type(error).__name__}: {str(error)[:300]}")
+            errors.append(f"{one.__name__}: {brief(error)}")
             say(f"FAILED: {errors[-1]}")
     return errors
 
@@ -710,10 +752,11 @@ def measure_layers(write, copy_rate, ops):
             measured = measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout, ops)
             if not measured:
                 without.append(case)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            say(f"not measured, for lack of memory: {(n, c, h, h)} {dtype} {layout}")
+        except Exception as error:  # lack of memory, or a bug: the other cases are measured
+            say(f"not measured: {(n, c, h, h)} {dtype} {layout}: {brief(error)}")
             missed.append(case)
+            sync()  # fails if the device itself is lost: then nothing more can be measured
+            torch.cuda.empty_cache()
     print_missed(f"not measured, {', '.join(ops)}", missed)
     print_missed(f"measured without torch.compile, {', '.join(ops)}", without)
 
@@ -729,25 +772,26 @@ def print_missed(what, missed):
 def measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout, ops):
     """Some operations on one kind of tensor; returns whether torch.compile was among them."""
     numel, itemsize = n * c * h * h, DTYPES[dtype].itemsize
-    sets = max(2, min(8, math.ceil(2 * l2_bytes() / (3 * numel * itemsize))))
+    # Until a set's turn comes again, the inputs of all others have been read.
+    sets = max(2, 1 + math.ceil(l2_bytes() / (numel * itemsize)))
     inputs = [Inputs(n, c, h, DTYPES[dtype], layout, seed) for seed in range(sets)]
     if "compile" in layers:
-        begin = time.perf_counter()
-        try:
-            layers["compile"] = compiled(layer_eager, fullgraph=True)
-            for op in ops:
-                call("compile", layers["compile"], inputs[0], op)()
-            sync()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever torch.compile cannot do, the others are measured
-            del layers["compile"]
-            say(f"torch.compile failed, {(n, c, h, h)} {dtype} {layout}: {str(error)[:200]}")
-        Compiling.seconds += time.perf_counter() - begin
+        layers["compile"] = compiled(layer_eager, fullgraph=True)
     for op in ops:
-        calls = {
-            name: [call(name, layer, one, op) for one in inputs] for name, layer in layers.items()
-        }
+        calls = {}
+        for name, layer in list(layers.items()):
+            begin = time.perf_counter()
+            try:
+                functions = [call(name, layer, one, op) for one in inputs]
+                warm_up(functions)
+                calls[name] = functions
+            except Exception as error:  # of one implementation: the others are measured
+                say(f"{name} failed: {op} {(n, c, h, h)} {dtype} {layout}: {brief(error)}")
+                sync()  # fails if the device itself is lost
+                if name == "compile":  # and would fail again, slowly
+                    del layers[name]
+            if name == "compile":
+                Compiling.seconds += time.perf_counter() - begin
         floor = floor_us(op, numel, itemsize, copy_rate)
         for name, median in time_in_turns(calls).items():
             bound = 2 * numel * itemsize / copy_rate if name == "copy" else floor
@@ -859,7 +903,7 @@ def measure_resnet50(write, names, dtype, needed=0.0):
             for name, median in time_wall(calls).items():
                 write("resnet50_step", layout, dtype, n, 3, side, side, name, median, math.nan)
         except Exception as error:  # lack of memory, or torch.compile's: the rest is measured
-            say(f"not measured: resnet50_step, {dtype} {layout}: {str(error)[:200]}")
+            say(f"not measured: resnet50_step, {dtype} {layout}: {brief(error)}")
         for name, peak in peaks.items():
             say(
                 f"ResNet-50 {dtype} {layout} {name}: {peak / 2**30:.2f} GiB above the model at the "
@@ -902,7 +946,7 @@ def print_host_overhead():
             sync()
             said = f"{statistics.median(times):.0f} us a call"
         except Exception as error:  # whatever torch.compile cannot do, the rest is measured
-            said = f"unknown, {str(error)[:200]}"
+            said = f"unknown, {brief(error)}"
         say(f"host, train_fwd_bwd, {name}: {said}")
 
 
@@ -928,7 +972,7 @@ def print_kernels():
                 names = [event.key[:60] for event in trace.key_averages()]
                 say(f"kernels, {op} {layout} {dtype} {name}: {', '.join(names)}")
             except Exception as error:  # a profiler that is not allowed, or torch.compile
-                say(f"kernels, {op} {layout} {dtype} {name}: unknown, {str(error)[:200]}")
+                say(f"kernels, {op} {layout} {dtype} {name}: unknown, {brief(error)}")
 
 
 def print_summary(rows):
@@ -1049,17 +1093,17 @@ def main():
         finish(until=0)
         raise
     finish()
-    check_large()
+    errors += attempt([check_large])
     copy_rate, read_rate = bandwidths()
     for impl, rate in (("copy", copy_rate), ("read", read_rate)):
         # A bandwidth as the other rows are, a time: that of 10⁹ bytes.
         write("bandwidth", "NCHW", "float32", 1, 1, 1, 1, impl, 1e9 / rate, 1e9 / rate)
-    print_kernels()
-    print_host_overhead()
+    errors += attempt([print_host_overhead])
     try:
         measure_resnet50(write, ("bnlib", "eager"), "bfloat16")
         say(f"the layers: {', '.join(WANTED_OPS)}")
         measure_layers(write, copy_rate, WANTED_OPS)
+        errors += attempt([print_kernels])  # the profiler may slow down what follows
         others = tuple(op for op in OPS if op not in WANTED_OPS)
         say(f"the layers: {', '.join(others)}")
         measure_layers(write, copy_rate, others)
@@ -1073,7 +1117,7 @@ def main():
         print_summary(rows)
     say(f"done; torch.compile took {Compiling.seconds:.0f} s in this process")
     if errors:
-        sys.exit("Could not be checked: " + "; ".join(errors))
+        sys.exit("Could not be done: " + "; ".join(errors))
 
 
 if __name__ == "__main__":

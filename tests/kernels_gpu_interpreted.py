@@ -7,13 +7,14 @@ TRITON_INTERPRET=1, and every other test without.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bnlib import functional, reference
 from bnlib.kernels import gpu
-from bnlib.moments import Moments
+from bnlib.moments import Moments, merge
 
 # 2-D to 5-D; one sample, one channel, one pixel; primes; 17; 7 x 7; 1023; enough for several tiles.
 SHAPES = [
@@ -89,7 +90,7 @@ def assert_moments_close(got, expected):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 7), (1, 3, 1, 1)], ids=str)
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 1000.0), (torch.float16, 0.0)])
 @pytest.mark.parametrize("cut", ["tiles", "small tiles"], indirect=True)
 def test_moments(cut, shape, layout, dtype, offset):
@@ -458,6 +459,69 @@ def test_functional(layout, with_residual, relu, training, cut):
     assert got[0].stride() == x.stride()
     for one, other in zip(running, running_double, strict=True):
         assert_close(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (1, 3, 1, 1)], ids=str)
+def test_one_value_per_channel(shape):
+    """Enough in evaluation; in training the variance would be 0, which torch refuses too."""
+    x, (w, b) = draw(shape), vectors(shape[1])
+    running = [torch.full_like(w, 0.5), torch.full_like(w, 2.0)]
+    got = layer(x, x, w, b, running, False, True, "gpu")
+    expected = layer(*doubles(x, x, w, b), doubles(*running), False, True, "torch")
+    for one, other in zip(got, expected, strict=True):
+        assert_close(one, other, 1e-5)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(x, x, w, b, running, True, True, "gpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_synchronised(monkeypatch, layout):
+    """Three shards, uneven and one of them empty; all but the first stand for other ranks."""
+    x, dy = draw((9, 5, 3, 7), layout=layout), draw((9, 5, 3, 7), layout=layout, seed=2)
+    (w, b), parts = vectors(5), [slice(0, 2), slice(2, 2), slice(2, 9)]
+    xd, dyd, wd, bd = doubles(x, dy, w, b)
+    yd, cache = reference.batch_norm_forward(xd, wd, bd, eps=EPS)
+    grads = reference.batch_norm_backward(torch.where(yd > 0, dyd, 0), cache)
+    others = merge(*(reference.moments(xd[part]) for part in parts[1:]))
+    others = Moments(others.count, others.mean.float(), others.m2.float())
+    total = torch.stack((grads.dbias, grads.dweight)).float()
+    sync = SimpleNamespace(
+        sync_moments=lambda local, group: merge(local, others), sync_sum=lambda sums, group: total
+    )
+    monkeypatch.setattr(functional, "_distributed", lambda: sync)
+    leaf = x[parts[0]].detach().requires_grad_()
+    options = {"activation": "relu", "process_group": "three", "backend": "gpu"}
+    y = functional.batch_norm(leaf, None, None, w, b, True, **options)
+    (dx,) = torch.autograd.grad(y, leaf, dy[parts[0]])
+    assert_close(y, yd.relu()[parts[0]], 2e-6)
+    assert_close(dx, grads.dx[parts[0]], 4e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_order_of_the_programs_does_not_count(monkeypatch, cut, layout):
+    """A GPU runs them as it likes: backwards, every bit is the same."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    x, (w, b) = draw((3, 9, 5, 7), layout=layout), vectors(9)
+
+    def run():
+        running = [torch.full_like(w, 0.5), torch.full_like(w, 2.0)]
+        y, batch, inv_std, mask = forward(x, w, b, x, True, running)
+        dresidual = gpu.empty_like(x)
+        grads = gpu.grad_sums_and_input(
+            x, x, batch.mean, inv_std, w, batch.count, mask=mask, dresidual=dresidual
+        )
+        return [y, batch.mean, batch.m2, inv_std, mask, *running, *grads, dresidual]
+
+    forwards, place, order = run(), builder.set_grid_idx, []
+
+    def backwards(*index):
+        order.append([n - 1 - i for n, i in zip(builder.grid_dim, index, strict=True)])
+        place(*order[-1])
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
+    assert all(map(torch.equal, forwards, run()))
+    assert len(order) > 2 and order != sorted(order)
 
 
 def test_functional_second_derivative_and_parts():

@@ -5,19 +5,26 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.util
+import inspect
 import itertools
 import os
 import re
 import subprocess
 import sys
+import types
+from collections import defaultdict
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnlib import functional
+from bnlib import functional, reference
+from bnlib.plotting import AXIS_COLORS, INK, use_style
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(
@@ -35,6 +42,38 @@ def python(*arguments, **environment):
         text=True,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+# --- One interface --------------------------------------------------------------------------------
+
+
+def parameters(function):
+    """Name, kind and default of each parameter."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["moments", "normalize", "grad_sums", "grad_input"])
+def test_the_primitives_have_one_signature(name):
+    """The reference's, and for both kinds of kernels the same that is fused besides."""
+    from bnlib.kernels import cpu, gpu
+
+    expected, kernels = parameters(getattr(reference, name)), parameters(getattr(gpu, name))
+    assert parameters(getattr(cpu, name)) == kernels
+    assert kernels[: len(expected)] == expected
+    assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in kernels[len(expected) :])
+
+
+@needs_triton
+def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
+    from bnlib.kernels import gpu
+
+    monkeypatch.setattr(gpu, "supports", lambda x: x.is_supported)
+    for is_supported, expected in ((True, gpu), (False, reference)):
+        on = types.SimpleNamespace(
+            device=torch.device("cuda"), numel=lambda: 1, is_supported=is_supported
+        )
+        assert functional._kernels(on, "auto") is expected
 
 
 # --- In the interpreter ---------------------------------------------------------------------------
@@ -67,6 +106,7 @@ CASES = [
     ((32, 512, 28), torch.float32, False, 16),
     ((32, 256, 14), torch.bfloat16, False, 8),  # rows of 196 elements: multiples of 4
     ((256, 512, 7), torch.bfloat16, False, 2),  # rows of 49
+    ((32, 1023, 31), torch.bfloat16, True, 2),  # no layer of ResNet-50: an odd number of channels
 ]
 
 
@@ -196,15 +236,20 @@ class Record(TorchDispatchMode):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("shape", [(32, 64, 7, 7), (256, 3, 64, 64)], ids=["whole", "split"])
-def test_no_number_travels_between_host_and_device(monkeypatch, shape, activation, training):
-    """Which a CUDA graph forbids: everything stays on the device of the input, and unread."""
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_number_travels_and_nothing_is_copied(monkeypatch, layout, shape, activation, training):
+    """A CUDA graph forbids the one: everything stays on the device of the input, and unread.
+
+    The other would be a pass that nobody has counted.
+    """
     from bnlib.kernels import gpu
 
     launched = []
     monkeypatch.setattr(gpu, "supports", lambda x: True)
     monkeypatch.setattr(gpu, "_launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     monkeypatch.setattr(functional, "_is_traced", lambda: False)  # the test itself records
-    x, residual = (torch.empty(shape, device="meta", requires_grad=True) for _ in range(2))
+    x, residual = (torch.empty(shape, device="meta", memory_format=layout) for _ in range(2))
+    x.requires_grad_(), residual.requires_grad_()
     w, b = (torch.empty(shape[1], device="meta", requires_grad=True) for _ in range(2))
     running = torch.empty(2, shape[1], device="meta").unbind()
     with Record() as record:
@@ -214,7 +259,10 @@ def test_no_number_travels_between_host_and_device(monkeypatch, shape, activatio
         torch.autograd.grad(y, (x, w, b, residual), torch.empty_like(y))
     assert len(launched) >= 2
     assert all(devices <= {"meta"} for _, devices in record.seen), record.seen
-    assert not any("_local_scalar_dense" in name for name, _ in record.seen)
+    forbidden = ["_local_scalar_dense", "nonzero"]
+    if training:  # in evaluation torch's operations unpack the mask
+        forbidden += ["copy", "clone", "contiguous"]
+    assert not any(word in name for word in forbidden for name, _ in record.seen), record.seen
 
 
 # --- How tensors are cut --------------------------------------------------------------------------
@@ -257,8 +305,13 @@ CSV_HEADER = "date,machine,gpu,driver,torch,triton,op,layout,dtype,n,c,h,w,impl,
 
 @needs_triton
 def test_benchmark_dry_run(tmp_path):
-    """All of the benchmark but the GPU: it checks the kernels, times, and writes the CSV."""
-    code, said = python("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "gpu.csv"))
+    """All of the benchmark but the GPU: it checks the kernels, times, and writes the CSV.
+
+    As on a machine that has torch, triton and NumPy only.
+    """
+    (tmp_path / "array_api_compat.py").write_text("raise ImportError")
+    arguments = ("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "gpu.csv"))
+    code, said = python(*arguments, PYTHONPATH=str(tmp_path))
     assert code == 0, said
     for checked in (
         "results agree with float64",
@@ -308,15 +361,196 @@ def test_benchmark_finds_a_wrong_kernel(tmp_path):
     assert code == 1 and "WRONG: train_fwd_bwd" in said, said
 
 
+PIECES = f"""
+import importlib.util, os, sys, time
+os.environ["TRITON_INTERPRET"] = "1"
+sys.argv = ["gpu.py", "--dry-run"]
+path = {str(ROOT / "benchmarks" / "gpu.py")!r}
+spec = importlib.util.spec_from_file_location("benchmark", path)
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+import torch
+"""
+
+ROTATION = (
+    PIECES
+    + """
+class Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+    def record(self):
+        self.at = time.perf_counter()
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+pauses, order = [], []
+torch.cuda.Event, torch.cuda._sleep = Event, pauses.append
+torch.cuda.synchronize = lambda: None
+benchmark.ROUNDS = 8
+for device in ("cpu", "cuda"):
+    benchmark.DEVICE = device
+    order.clear()
+    def buffer(name, i):
+        def function():
+            order.append(i)
+            time.sleep(0.004 if name == "slow" else 0)
+        return function
+    calls = {name: [buffer(name, i) for i in range(4)] for name in ("bnlib", "slow", "copy")}
+    medians = benchmark.time_in_turns(calls)
+    assert medians["slow"] > 4000 > medians["bnlib"], medians
+    assert len(order) == 8 * 3
+    for k in range(len(order) - 3):
+        assert len(set(order[k : k + 4])) == 4, order
+assert len(pauses) == 8 and pauses[0] < 3e9 * 0.004 < pauses[1] <= pauses[-1], pauses
+"""
+)
+
+FAILURES = (
+    PIECES
+    + """
+def no_eval(x, w, b, stats, training, residual):
+    if not training:
+        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
+    return right(x, w, b, stats, training, residual)
+
+class Inputs(benchmark.Inputs):
+    def __init__(self, n, c, *rest):
+        if c == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(c)
+        super().__init__(n, c, *rest)
+
+right, rows, made = benchmark.LAYERS["eager"], [], []
+benchmark.LAYERS["eager"] = no_eval
+benchmark.Inputs = Inputs
+benchmark.ARGS.compile_seconds = -1
+benchmark.l2_bytes = lambda: 10 * 2 * 4 * 3 * 3 * 4 - 1  # bytes: just less than ten inputs
+benchmark.cases = lambda: [((c, 3), "float32", "NCHW", 2) for c in (4, 5, 6)]
+benchmark.measure_layers(lambda *row: rows.append(row), 1.0, ("eval", "train_fwd"))
+found = {(row[0], row[4], row[-3]) for row in rows}
+others = {"bnlib", "eager_nocudnn", "copy"}
+assert found == {(op, c, i) for op in ("eval", "train_fwd") for c in (4, 6) for i in others} | {
+    ("train_fwd", c, "eager") for c in (4, 6)
+}, found
+assert made.count(4) == 11, made  # while one rests, ten others are read
+"""
+)
+
+
+@needs_triton
+def test_benchmark_never_finds_its_input_in_the_cache(tmp_path):
+    """Not what the implementation before it has read, either; and the GPU waits for the host."""
+    (tmp_path / "run.py").write_text(ROTATION)
+    code, said = python(str(tmp_path / "run.py"))
+    assert code == 0, said
+
+
+@needs_triton
+def test_benchmark_goes_on_when_something_fails(tmp_path):
+    """One implementation of one operation, or one shape: the rest is measured."""
+    (tmp_path / "run.py").write_text(FAILURES)
+    code, said = python(str(tmp_path / "run.py"))
+    assert code == 0, said
+    assert "eager failed: eval (2, 4, 3, 3) float32 NCHW: RuntimeError: CUDNN_STATUS" in said
+    assert "not measured: (2, 5, 3, 3) float32 NCHW: OutOfMemoryError: CUDA out" in said
+    assert "not measured, eval, train_fwd: float32 NCHW: 2x5x3x3" in said
+
+
 def test_benchmark_says_what_is_missing(tmp_path):
-    (tmp_path / "array_api_compat.py").write_text("raise ImportError")
+    (tmp_path / "triton.py").write_text("raise ImportError")
     code, said = python("benchmarks/gpu.py", PYTHONPATH=str(tmp_path))
-    assert code == 1 and "array-api-compat" in said
+    assert code == 1 and re.search(r"missing in .*: triton$", said, re.MULTILINE)
     assert "Traceback" not in said
 
 
 def test_recorded_measurements_have_the_columns():
     assert (ROOT / "book/data/gpu.csv").read_text().splitlines()[0] == CSV_HEADER
+
+
+@pytest.fixture
+def measured_cells(monkeypatch, tmp_path, capsys):
+    """Run the cells of the chapter that show the measurements, with other rows; a function that
+    returns what they print and the figures that they show.
+    """
+    nb = nbformat.read(ROOT / "book" / "scale" / "gpu.ipynb", as_version=4)
+    sources = [c.source for c in nb.cells if c.cell_type == "code"]
+    (table,) = [source for source in sources if "gpu.csv" in source]
+    (plot,) = [source for source in sources if "def draw_measured" in source]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "scale").mkdir()
+    monkeypatch.chdir(tmp_path / "scale")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+
+    def run(rows):
+        with (tmp_path / "data" / "gpu.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, CSV_HEADER.split(","))
+            writer.writeheader()
+            writer.writerows(rows)
+        names = {"csv": csv, "np": np, "plt": plt, "Path": Path, "defaultdict": defaultdict}
+        names |= {"AXIS_COLORS": AXIS_COLORS, "INK": INK}
+        capsys.readouterr()
+        with plt.rc_context():
+            use_style()
+            for source in (table, plot):
+                exec(source, names)
+            for figure in shown:
+                figure.canvas.draw()
+        return capsys.readouterr().out, shown
+
+    yield run
+    plt.close("all")
+
+
+def measurement(op, impl, median, floor="", gpu="Card A", c=64, layout="NCHW", dtype="float32"):
+    values = ("2026-01-01", "m", gpu, "1", "2", "3", op, layout, dtype, 32, c, 8, 8, impl)
+    return dict(zip(CSV_HEADER.split(","), (*values, median, floor), strict=True))
+
+
+def test_the_chapter_says_that_nothing_is_measured(measured_cells):
+    step = measurement("resnet50_step", "bnlib", 1e5)  # as when a run was cut off
+    for rows, times in (([], 2), ([step], 1)):
+        said, figures = measured_cells(rows)
+        assert said.count("not yet measured") == times and not figures
+
+
+def test_the_chapter_draws_what_is_measured(measured_cells):
+    rows = [
+        measurement("bandwidth", "copy", 250.0, 250.0),
+        measurement("train_fwd_bwd", "bnlib", 10.0, 8.0),
+        measurement("train_fwd_bwd", "eager", 20.0, 8.0),
+        measurement("train_fwd_bwd", "copy", 2.0, 2.0),
+        measurement("train_fwd_bwd", "bnlib", 20.0, 8.0, c=128, dtype="bfloat16"),
+        measurement("train_fwd_bwd", "bnlib", 20.0, 15.0, c=128),
+        measurement("train_fwd_bwd", "eager", 160.0, 15.0, c=128),
+        measurement("train_fwd_bwd", "compile", 10.0, 15.0, c=128),
+        measurement("train_fwd_bwd", "bnlib", 10.0, 9.0, gpu="Card B", layout="channels_last"),
+        measurement("resnet50_step", "bnlib", 100.0, dtype="bfloat16"),
+        measurement("resnet50_step", "eager", 125.0, dtype="bfloat16"),
+    ]
+    said, (figure,) = measured_cells(rows)
+    assert "not yet measured" not in said
+    for card in ("Card A", "Card B"):
+        assert f"{card}, driver 1, torch 2, triton 3, 2026-01-01" in said
+    assert "copy: 4.00 TB/s" in said
+    lines = [line.split() for line in said.splitlines()]
+    # eager: the root of 160/20 x 20/10; compile on one shape only.
+    assert ["train_fwd_bwd", "NCHW", "float32", "4.00", "(2)", "0.50", "(1)"] in lines
+    assert ["resnet50_step", "NCHW", "bfloat16", "1.25", "(1)", "–"] in lines
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert len(panels) == 4
+    for title, impl, points in (
+        ("Card A\nNCHW", "bnlib", [(0.524288, 0.8), (0.524288, 0.4), (1.048576, 0.75)]),
+        ("Card A\nNCHW", "compile", [(1.048576, 1.5)]),
+        ("Card B\nchannels_last", "bnlib", [(0.524288, 0.9)]),
+        ("Card B\nchannels_last", "eager", []),
+    ):
+        (line,) = [line for line in panels[title].lines if line.get_label() == impl]
+        found = [(round(float(mb), 6), round(float(share), 6)) for mb, share in line.get_xydata()]
+        assert sorted(found) == sorted(points)
+    assert {text.get_text() for text in figure.legends[0].texts} == {
+        "bnlib", "compile", "eager", "eager_nocudnn",
+    }  # fmt: skip
 
 
 # --- Refused --------------------------------------------------------------------------------------

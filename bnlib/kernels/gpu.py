@@ -455,6 +455,8 @@ def _plan(n: int, c: int, p: int, itemsize: int, reduce: bool) -> _Plan:
     tile = _TILE // itemsize
     bn, bc, bp = 1, 1, 1
     if p == 1:  # channels are contiguous: 64 of them are 128 bytes or more
+        if c % 4:  # narrow loads, each with an address of its own: 16 fit into a thread's registers
+            tile = min(tile, 2048)
         bc = min(max(_power(c), 8), 64)
         bn = min(_power(n), tile // bc)
     else:
@@ -624,21 +626,18 @@ def _new(x: Tensor, rows: int) -> tuple[Tensor, ...]:
 
 
 def moments(x: Tensor, channel_axis: int = 1) -> Moments:
-    """Return count, mean and sum of squared deviations of every channel of ``x``.
+    """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`.
 
     Args:
-        x: rank >= 2, float32, float16 or bfloat16. NaN and infinity pass through.
+        x: rank >= 2, float32, float16 or bfloat16; any strides.
         channel_axis: the axis that is kept.
 
     Returns:
-        :class:`~bnlib.Moments`, float32.
+        :class:`~bnlib.Moments`, float32. NaN and infinity pass through.
 
     Raises:
-        ValueError: rank < 2.
-        TypeError: another dtype.
-        RuntimeError: ``x`` is not on a GPU.
-
-    Source: Chan, Golub & LeVeque (1983), equation 2.1. Derived in *On the GPU*.
+        ValueError, TypeError, RuntimeError: a shape, a dtype, a device that does not fit; so for
+            every tensor that is given to the functions below.
     """
     x = _checked(x, channel_axis)
     return _moments(x, 1.0, None, None, 0.0)[0]
@@ -656,31 +655,16 @@ def normalize(
     relu: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Normalise, scale and shift per channel; add a residual and apply ReLU in the same pass.
-
-    ::
-
-        y = relu(γ (x - mean) inv_std + β + residual)
+    """Return γ (x - mean) inv_std + β, see :func:`bnlib.reference.normalize`, and what is fused.
 
     Args:
-        x: as in :func:`moments`.
-        mean: shape (C,).
-        inv_std: shape (C,).
-        weight: γ, shape (C,), or None for 1.
-        bias: β, shape (C,), or None for 0.
-        channel_axis: the input's channel axis.
-        residual: shape and dtype of ``x``, or None.
-        relu: whether to apply ReLU.
-        mask: of :func:`empty_mask`, to be filled if ``relu``, or None.
+        x, mean, inv_std, weight, bias, channel_axis: as in the reference.
+        residual: added before the activation; shape and dtype of ``x``.
+        relu: apply ReLU.
+        mask: from :func:`empty_mask`, filled if ``relu`` with the bits of y > 0 (or NaN).
 
     Returns:
         Tensor of the shape, dtype and memory format of ``x``; computed in float32.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
-            have the shape, dtype or device said above.
-
-    Source: Ioffe & Szegedy (2015), algorithm 1. Derived in *On the GPU*.
     """
     given, x = x, _checked(x, channel_axis)
     check_like(given, residual=residual)
@@ -706,21 +690,14 @@ def moments_and_normalize(
     """Return what the forward of training needs: :func:`moments`, then :func:`normalize`.
 
     Args:
-        x: as in :func:`moments`.
-        weight, bias, residual, relu, mask: as in :func:`normalize`.
-        eps: ε > 0, in the square of the input's unit.
-        running_mean: shape (C,), moved in place by ``momentum`` towards the batch's, or None.
-        running_var: shape (C,), likewise, towards the unbiased variance.
+        x, weight, bias, residual, relu, mask: as there.
+        eps: ε > 0.
+        running_mean, running_var: shape (C,), moved in place by ``momentum`` towards the mean and
+            the unbiased variance of the batch, or None.
         momentum: weight of this batch in the running statistics.
 
     Returns:
         ``(y, moments, inv_std)`` with inv_std = 1/√(m2/count + ε), shape (C,), float32.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
-            have the shape, dtype or device said above.
-
-    Source: Ioffe & Szegedy (2015), algorithms 1 and 2. Derived in *On the GPU*.
     """
     x = _checked(x)
     check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
@@ -757,29 +734,14 @@ def grad_sums(
     *,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the two sums per channel from which every gradient follows.
-
-    ::
-
-        sum_dy       = Σ dy          (= dβ)
-        sum_dy_x_hat = Σ dy x̂        (= dγ),   x̂ = (x - mean) inv_std
+    """Return Σ dy and Σ dy x̂ per channel, see :func:`bnlib.reference.grad_sums`.
 
     Args:
-        dy: gradient with respect to the output, shape of ``x``.
-        x: the forward's input, as in :func:`moments`.
-        mean: shape (C,).
-        inv_std: shape (C,).
-        channel_axis: the input's channel axis.
-        mask: that :func:`normalize` filled; elsewhere ``dy`` counts as 0. None for everywhere.
+        dy, x, mean, inv_std, channel_axis: as in the reference.
+        mask: where it is 0, ``dy`` counts as 0.
 
     Returns:
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,), float32.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
-            have the shape, dtype or device said above.
-
-    Source: Ioffe & Szegedy (2015), section 3. Derived in *On the GPU*.
     """
     x, dy, _ = _checked_backward(x, dy, channel_axis, mask, None, mean=mean, inv_std=inv_std)
     return _grad_sums(dy, x, mean, inv_std, mask)
@@ -799,33 +761,15 @@ def grad_input(
     mask: Tensor | None = None,
     dresidual: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient with respect to the input, in training.
-
-    ::
-
-        dx = γ inv_std (dy - sum_dy/m - x̂ sum_dy_x_hat/m),   m = count
+    """Return the gradient with respect to the input, see :func:`bnlib.reference.grad_input`.
 
     Args:
-        dy: gradient with respect to the output, shape of ``x``.
-        x: the forward's input, as in :func:`moments`.
-        mean: shape (C,).
-        inv_std: shape (C,).
-        weight: γ, shape (C,), or None for 1.
-        sum_dy: shape (C,), summed over the whole (synchronised) batch.
-        sum_dy_x_hat: shape (C,), likewise.
-        count: values per channel in the whole batch.
-        channel_axis: the input's channel axis.
-        mask: as in :func:`grad_sums`.
-        dresidual: of :func:`empty_like`, to be filled with the masked ``dy``, or None.
+        dy, x, mean, inv_std, weight, sum_dy, sum_dy_x_hat, count, channel_axis: as there.
+        mask: where it is 0, ``dy`` counts as 0.
+        dresidual: from :func:`empty_like`, filled with the masked ``dy``.
 
     Returns:
         Tensor of the shape, dtype and memory format of ``x``.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
-            have the shape, dtype or device said above.
-
-    Source: Ioffe & Szegedy (2015), section 3, collected. Derived in *On the GPU*.
     """
     x, dy, dresidual = _checked_backward(
         x, dy, channel_axis, mask, dresidual, mean=mean, inv_std=inv_std, weight=weight,
@@ -846,20 +790,7 @@ def grad_sums_and_input(
     mask: Tensor | None = None,
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the whole backward of training: :func:`grad_sums`, then :func:`grad_input`.
-
-    Args:
-        dy, x, mean, inv_std, weight, count, mask, dresidual: as in :func:`grad_input`.
-
-    Returns:
-        ``(dx, sum_dy, sum_dy_x_hat)``.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: see :func:`moments`; any other tensor that does not
-            have the shape, dtype or device said above.
-
-    Source: Ioffe & Szegedy (2015), section 3, collected. Derived in *On the GPU*.
-    """
+    """Return dx, sum_dy, sum_dy_x_hat: :func:`grad_sums`, then :func:`grad_input`."""
     x, dy, dresidual = _checked_backward(
         x, dy, 1, mask, dresidual, mean=mean, inv_std=inv_std, weight=weight
     )
