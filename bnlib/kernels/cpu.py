@@ -17,6 +17,7 @@ so that the mean drops out before anything is squared; :func:`bnlib.merge` joins
 
 from __future__ import annotations
 
+import array
 import concurrent.futures
 import ctypes
 import functools
@@ -24,7 +25,8 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numba
@@ -229,9 +231,9 @@ def _read_bits(mask, at):
 
 @_jit
 def _streams(y, size):
-    """Whether rows of an output go past the caches, which they would only push other data out of.
+    """Whether rows of an output go past the caches: it is large, and they are whole cache lines.
 
-    Written whole, a cache line of the output need not be read first.
+    Such a line need not be read before it is written, and pushes nothing else out of the caches.
     """
     bytes_of = y.itemsize
     return y.size * bytes_of >= _STREAM_FROM and (y.ctypes.data | size * bytes_of) % 64 == 0
@@ -342,7 +344,7 @@ def _rows_gradient(
 ):
     none, width = spread(x, 0.0), lanes_in(x)
     bits = 0 if mask is None else mask.size // channels * 8
-    past = _streams(dx, size)
+    past = _streams(dx, size) and (masked_dy is None or _streams(masked_dy, size))
     for n in range(n0, n1):
         for ch in range(c0, c1):
             a, b, c = _coefficients(ch, weight, inv_std, sums, count)
@@ -482,7 +484,7 @@ def _panel_gradient(
         )
     all_a, all_b = _per_column(factors[0], k0, k1), _per_column(factors[1], k0, k1)
     all_c, middles = _per_column(factors[2], k0, k1), _per_column(mean, k0, k1)
-    past = _streams(dx, columns)
+    past = _streams(dx, columns) and (masked_dy is None or _streams(masked_dy, columns))
     for r in range(r0, r1):
         at = r * columns + k0
         for k in range(0, size, width):
@@ -687,8 +689,7 @@ def _backward_kernel(stored, number):
 
 # --- threads --------------------------------------------------------------------------------------
 
-_ARGUMENTS = 22
-_Arguments = ctypes.c_int64 * _ARGUMENTS
+_ARGUMENTS = 22  # at most
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -738,26 +739,45 @@ def _own_threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "bnlib")
 
 
-def _start(make: Callable[..., Any], x: Tensor, arguments: Any, tasks: int) -> None:
+def _start(make: Callable[..., Any], x: Tensor, numbers: Iterable[int], tasks: int) -> None:
     """Run the steps of a kernel, with as many threads as torch uses."""
     _, address, call = _compiled(make, x.dtype)
+    arguments = array.array("q", numbers)
+    pointer = arguments.buffer_info()[0]
     threads = 1 if _after_fork or x.numel() < _SERIAL_BELOW else torch.get_num_threads()
     threads = min(threads, tasks)
     if threads == 1:
-        call(arguments)
+        call(pointer)
         return
     steps = arguments[1]
     for step in (steps,) if steps == _MEASURE | _APPLY else (_MEASURE, _MERGE, _APPLY):
         arguments[0], arguments[1] = 0, steps & step
         if step == _MERGE:
-            call(arguments)
+            call(pointer)
         elif _openmp is not None:
-            _openmp(address, arguments, threads, 0)
+            _openmp(address, pointer, threads, 0)
         else:
-            others = [_own_threads().submit(call, arguments) for _ in range(threads - 1)]
-            call(arguments)
+            others = [_own_threads().submit(call, pointer) for _ in range(threads - 1)]
+            call(pointer)
             for other in others:
                 other.result()
+
+
+class _Scratch(threading.local):
+    """Memory in which the tasks of one call meet; every caller's thread has its own."""
+
+    numbers = np.empty(0)
+    address = 0
+
+    def at_least(self, size: int) -> int:
+        """Return the address of ``size`` float64 numbers."""
+        if self.numbers.size < size:
+            self.numbers = np.empty(size)
+            self.address = self.numbers.ctypes.data
+        return self.address
+
+
+_scratch = _Scratch()
 
 
 # --- what torch sees ------------------------------------------------------------------------------
@@ -890,11 +910,10 @@ def _forward(
         return y
     residual = None if residual is None else _beside(residual, x)
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
-    size = (plan.splits, 2, plan.channels)
-    partial = x.new_empty(size, dtype=torch.float64) if measure else None
-    arguments = _Arguments(
+    arguments = (
         0, _steps(plan, measure, apply), *plan[:6],
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(), _address(partial),
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(),
+        _scratch.at_least(2 * plan.splits * plan.channels),
         _address(y), _address(residual), bias.data_ptr(),
         *([_address(r) for r in running] or (0, 0)),
         _bits_of(eps), _bits_of(momentum), _bits_of(0.0 if relu else -math.inf),
@@ -1014,11 +1033,10 @@ def _backward(
             sums.zero_()
         return dx
     mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
-    size = (plan.splits, 2, plan.channels)
-    partial = x.new_empty(size, dtype=torch.float64) if measure else None
-    arguments = _Arguments(
+    arguments = (
         0, _steps(plan, measure, apply), *plan[:6],
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(), _address(partial),
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(),
+        _scratch.at_least(2 * plan.splits * plan.channels),
         _address(dx), dy.data_ptr(), _address(dresidual), mean.data_ptr(), inv_std.data_ptr(),
         count,
     )  # fmt: skip
