@@ -782,7 +782,7 @@ _scratch = _Scratch()
 
 # --- what torch sees ------------------------------------------------------------------------------
 
-_WIDE = int(os.environ.get("WIDE", "512"))
+_WIDE = 2048
 
 
 class _Plan(NamedTuple):
