@@ -517,15 +517,15 @@ def test_mouse_at_rest_leaves_the_keys_alone(browser, tmp_path):
     (tmp_path / "x.html").write_text(page_of(axis_explorer("layer", LIMITS)), encoding="utf-8")
     page = browser.new_page(viewport={"width": 375, "height": 420})
     page.goto((tmp_path / "x.html").as_uri())
-    page.evaluate("scrollTo(0, 150)")
-    page.mouse.move(200, 300)
+    page.evaluate("scrollTo(0, 250)")
+    page.mouse.move(200, 250)
     assert "n=0, c=0, h=0, w=0" not in page.inner_text("[aria-live]"), "the mouse chooses"
     page.focus("[role=gridcell][tabindex='0']")
     for key in ("Control+Home", "Control+End"):
         page.keyboard.press(key)
         page.wait_for_timeout(300)
     assert page.inner_text("[aria-live]").startswith("Cell n=3, c=5, h=3, w=3:")
-    under = "document.elementFromPoint(200, 300).ariaLabel"
+    under = "document.elementFromPoint(200, 250).ariaLabel"
     assert page.evaluate("scrollY") > 200 and " at n=" in page.evaluate(under)
     page.close()
 
