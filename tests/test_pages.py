@@ -452,7 +452,9 @@ def test_print_has_no_furniture(site, browser):
     chapter = site / "book" / "axes" / "which-axes.html"
     with Visit(browser, chapter.as_uri(), theme="dark") as visit:
         visit.page.emulate_media(media="print")
-        for hidden in (".bd-sidebar-primary", ".bd-header-article", "button.copybtn"):
+        furniture = ("button.copybtn", "button.toggle-button", ".ax-bar", ".ax-foot")
+        for hidden in (".bd-sidebar-primary", ".bd-header-article", *furniture):
+            assert visit.page.locator(hidden).count(), hidden
             assert not visit.page.locator(hidden).first.is_visible(), hidden
         wide = visit.page.evaluate(
             """() => [...document.querySelectorAll("article pre")]
@@ -461,6 +463,16 @@ def test_print_has_no_furniture(site, browser):
               .length"""
         )
         assert wide == 0
+        # Code longer than a page must break, or the page before it stays blank.
+        stuck = visit.page.evaluate(
+            """() => [...document.querySelectorAll("article pre")]
+              .filter((e) => e.offsetHeight > 900)
+              .map((e) => {
+                while (e && getComputedStyle(e).breakInside === "auto") e = e.parentElement;
+                return e?.className;
+              })"""
+        )
+        assert stuck and set(stuck) == {None}
 
 
 def test_paper_has_all_of_a_page_that_nobody_has_scrolled(site, browser, tmp_path):

@@ -443,6 +443,8 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
     other = (static / "searchtools.js").read_text(encoding="utf-8")
     everything = "".join(pages.values())
     words = set(re.findall(r"[\w-]+", scripts + other))
+    for code in re.findall(r"<script>(.*?)</script>", everything, re.S):
+        words.update(re.findall(r"[\w-]+", code))
     for names in re.findall(r'\b(?:class|id)="([^"]*)"', everything):
         words.update(names.split())
 
@@ -481,6 +483,9 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
     flag = "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY"
     text = search.read_text(encoding="utf-8")
     text = replace_all(text, flag, f'{flag} && location.protocol !== "file:"', search.name)
+    # In a summary a formula is said once, not as MathML, as LaTeX and as it is drawn.
+    once = '[".katex-html", "annotation", ".headerlink",'
+    text = replace_all(text, '[".headerlink",', once, search.name)
     search.write_text(text, encoding="utf-8")
 
     for pattern in (*STYLES, *SCRIPTS, *UNUSED):
