@@ -311,25 +311,31 @@ class AxisExplorer:
         # The book's own style sheet sets --axis-n and so on; elsewhere JupyterLab's theme decides.
         self.css = (
             f".axis-explorer{{{shades['light']}}}"
-            f'[data-jp-theme-light="false"] .axis-explorer{{{shades["dark"]}}}'
+            f"[data-jp-theme-light=false] .axis-explorer{{{shades['dark']}}}"
         ) + (folder / "axis_explorer.css").read_text(encoding="utf-8")
 
     def __repr__(self) -> str:
         return f"AxisExplorer({self.fragment!r})"
 
     def _repr_html_(self) -> str:
-        css = re.sub(r"(?<=[{};,:]) | (?=[{};,])", "", re.sub(r"\s+", " ", self.css))
+        css = re.sub(r"(?<=[{};,:]) |;? (?=[{}])", "", re.sub(r"\s+", " ", self.css))
         lines = (line.strip() for line in self.esm.splitlines())
         script = "\n".join(line for line in lines if line and not line.startswith("//"))
+        # Space around punctuation goes, but not inside strings.
+        script = re.sub(
+            r"""("[^"\n]*"|`[^`]*`)|\s*([=(){},;:?+*<>&|-])\s*""",
+            lambda found: found[1] or found[2],
+            script,
+        )
         # A classic script, because browsers refuse to import modules from file://.
-        script = script.replace("export default", "const widget =")
+        script = script.replace("export default", "const widget=")
         return (
             f'<div class="axis-explorer" data-start="{self.fragment}">'
             f"{_explorer_fallback()}</div>"
             f"<style>{css}</style>"
-            f"<script>(() => {{\n{script}\n"
+            f"<script>(()=>{{{script}\n"
             'for (const el of document.querySelectorAll(".axis-explorer:not([data-ready])"))\n'
-            "widget.render({ el });\n})()</script>"
+            "widget.render({el})})()</script>"
         )
 
 
@@ -403,7 +409,7 @@ def _explorer_fallback() -> str:
     head = "".join(f"<th scope='col'>n = {n}</th>" for n in range(len(x)))
     return (
         f"<table><caption>The cells of one row share one mean and one variance, over the axes "
-        f"{reduction_axes(x.ndim)}: {statistics.count} values of every sample.</caption>"
+        f"{reduction_axes(x.ndim)}: {statistics.count} values, from every sample.</caption>"
         f"<thead><tr><th scope='col'>channel</th>{head}<th scope='col'>mean</th>"
         f"<th scope='col'>variance</th></tr></thead><tbody>{rows}</tbody></table>"
     )

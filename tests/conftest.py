@@ -12,6 +12,7 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "book" / "_ext"))
 
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 
@@ -72,8 +73,16 @@ def browser(chromium):
     """The system's Chromium, driven by Playwright."""
     from playwright.sync_api import sync_playwright
 
-    options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=options)
+        browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def reading(browser, chromium):
+    """The same browser as a screen reader meets it: with all of a page in its tree."""
+    options = [*OPTIONS, "--force-renderer-accessibility"]
+    reading = browser.browser_type.launch(executable_path=chromium, args=options)
+    yield reading
+    reading.close()

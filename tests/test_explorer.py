@@ -23,11 +23,12 @@ LARGEST = 6 * 1024  # bytes of script and style sheet, compressed
 
 def page_of(explorer, theme="light"):
     colors = ";".join(f"--axis-{a.lower()}:{getattr(c, theme)}" for a, c in AXIS_COLORS.items())
-    ground = "background:#14181e;color:#ddd" if theme == "dark" else "background:#fff;color:#222"
+    page, ink = ("#14181e", "#ddd") if theme == "dark" else ("#fff", "#222")
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Explorer</title>'
         '<meta name="viewport" content="width=device-width">'
-        f"<style>html{{{colors}}} body{{{ground}}} a{{color:inherit}}</style>"
+        f"<style>html{{{colors};--pst-color-background:{page};--pst-color-text-base:{ink}}}"
+        f"body{{background:{page};color:{ink}}} a{{color:inherit}}</style>"
         f"<main><h1>Explorer</h1>{explorer._repr_html_()}</main>"
     )
 
@@ -57,7 +58,8 @@ def photo_bytes():
         top, left = ((side - 256) // 2 for side in photo.shape[1:])
         square = photo[:, top : top + 256, left : left + 256]
         means = square.reshape(3, 8, 32, 8, 32).mean(axis=(2, 4))
-        thumbnails.append(np.round(means * 255))
+        # One digit of base 36 for each byte, hence steps of 7 up to 245.
+        thumbnails.append(np.minimum(np.floor(means * 255 / 7 + 0.5), 35) * 7)
     return np.stack(thumbnails)
 
 
@@ -107,6 +109,15 @@ def expected(state):
     }
 
 
+def expected_dots(state):
+    """The mask of the cells from which ``x - mean`` subtracts the chosen cell's mean."""
+    x, at = tensor(state), state["at"]
+    if state["norm"] != "broadcast" or expected(state) is None:
+        return np.zeros(x.shape, dtype=bool)
+    which = np.broadcast_to(np.arange(x.shape[1]), x.shape)
+    return which == which[at]
+
+
 def random_states(count, seed):
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -144,39 +155,67 @@ READ = """() => {
     numbers: Object.fromEntries(
       [...document.querySelectorAll("[data-of]")].map((b) => [b.dataset.of, b.textContent])),
     live: document.querySelector("[aria-live]").textContent,
+    caption: document.querySelector(".ax-side p").textContent,
     link: document.querySelector(".ax-foot a").getAttribute("href"),
     code: document.querySelector(".ax-code").textContent,
     formula: document.querySelector(".ax-formula").textContent,
   };
 }"""
-LABEL = re.compile(r"(.+) at n (\d+), c (\d+), h (\d+), w (\d+)")
+LABEL = re.compile(
+    r"(.+) at n=(\d+), c=(\d+), h=(\d+), w=(\d+)(, in the mean)?(, dotted)?", re.ASCII
+)
+PLACES = re.compile(r"((?:(?:every [nchw]|[nchw]=\d+(?: to \d+)?)(?:, )?){4})")
 
 
 def number(text):
     return float(text.replace("\u2212", "-"))
 
 
+def masks_in_words(text, shape):
+    """The sets of cells that a sentence names, such as ``n=1, c=2 to 3, every h, every w``."""
+    for places in PLACES.findall(text):
+        mask = np.ones(shape, dtype=bool)
+        for words in places.strip(", ").split(", "):
+            if not words.startswith("every"):
+                axis, first, last = re.fullmatch(r"(.)=(\d+)(?: to (\d+))?", words).groups()
+                i = np.arange(shape["nchw".index(axis)])
+                inside = (i >= int(first)) & (i <= int(last or first))
+                mask &= bnlib.per_channel(inside, 4, "nchw".index(axis))
+        yield mask
+
+
 def shown_problems(state, seen):
     """Where what the page shows is not what NumPy says."""
     x, answer = tensor(state), expected(state)
-    mask, problems = np.zeros(x.shape, dtype=bool), []
+    problems = []
+    mask, heard, dots = np.zeros((3, *x.shape), dtype=bool)
     if len(seen["cells"]) != x.size:
         return [f"{len(seen['cells'])} cells are shown of {x.size}"]
     for label, selected, text in seen["cells"]:
-        value, *at = LABEL.fullmatch(label).groups()
+        value, *at, in_mean, dotted = LABEL.fullmatch(label).groups()
         at = tuple(map(int, at))
         mask[at] = selected == "true"
+        heard[at], dots[at] = bool(in_mean), bool(dotted)
         if number(value) != x[at] or (not state["photo"] and number(text) != x[at]):
             problems.append(f"cell {at} shows {label!r}, x is {x[at]}")
     n, c, h, w = state["at"]
-    if [label.split(" at ")[1] for label in seen["stops"]] != [f"n {n}, c {c}, h {h}, w {w}"]:
+    stops = [LABEL.fullmatch(label).groups()[1:5] for label in seen["stops"]]
+    if stops != [(str(n), str(c), str(h), str(w))]:
         problems.append(f"the tab stops are {seen['stops']}")
+    if (heard != mask).any() or (dots != expected_dots(state)).any():
+        problems.append("the cells' names do not say which are in the mean, and which dotted")
     if answer is None:
         if seen["numbers"] or mask.any() or "does not fit" not in seen["live"]:
             problems.append(f"NumPy refuses, and the page says {seen['live']!r}")
         return problems
     if (mask != answer[0]).any():
         problems.append(f"other cells are lit than enter the mean: {np.argwhere(mask).tolist()}")
+    chosen = np.zeros(x.shape, dtype=bool)
+    chosen[state["at"]] = True
+    sets = [chosen, answer[0], *([expected_dots(state)] if state["norm"] == "broadcast" else [])]
+    told = list(masks_in_words(seen["live"], x.shape))
+    if len(told) != len(sets) or (np.array(told) != np.array(sets)).any():
+        problems.append(f"the sentence names other cells: {seen['live']!r}")
     if set(seen["numbers"]) != set(answer[1]):
         return [*problems, f"the page shows the numbers {seen['numbers']}"]
     for key, value in answer[1].items():
@@ -308,7 +347,7 @@ def test_keyboard_only(page):
         at = (place[1] // 3, place[0] // 2, place[0] % 2, place[1] % 3)
         assert shown_problems(state | {"at": at}, page.evaluate(READ)) == [], key
         focus = page.evaluate("document.activeElement.getAttribute('aria-label')")
-        assert focus.endswith(f"n {at[0]}, c {at[1]}, h {at[2]}, w {at[3]}")
+        assert f" at n={at[0]}, c={at[1]}, h={at[2]}, w={at[3]}" in focus
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "ax-code"
 
@@ -323,7 +362,7 @@ def test_mouse_touch_and_menus(page):
     menu = page.locator("select[name=G] option").all_text_contents()
     assert menu == ["1", "2", "4"], "only divisors of C"
     page.select_option("select[name=G]", "2")
-    page.click("[aria-label$='n 1, c 2, h 1, w 0']")
+    page.click("[aria-label*='n=1, c=2, h=1, w=0']")
     state = {
         "norm": "group",
         "photo": False,
@@ -332,13 +371,13 @@ def test_mouse_touch_and_menus(page):
         "at": (1, 2, 1, 0),
     }
     assert shown_problems(state, page.evaluate(READ)) == []
-    page.hover("[aria-label$='n 2, c 0, h 0, w 1']")
+    page.hover("[aria-label*='n=2, c=0, h=0, w=1']")
     state["at"] = (2, 0, 0, 1)
     assert shown_problems(state, page.evaluate(READ)) == []
 
 
 def test_accessibility_tree_says_which_cells_share_a_mean(page):
-    """Reading the tree alone, for group norm."""
+    """Reading the tree alone, for group norm: from the cells' names, and from one sentence."""
     state = {
         "norm": "group",
         "photo": False,
@@ -347,14 +386,208 @@ def test_accessibility_tree_says_which_cells_share_a_mean(page):
         "at": (1, 2, 0, 1),
     }
     follow(page, state)
-    tree = page.locator(".axis-explorer").aria_snapshot()
-    chosen = re.findall(r"gridcell \"[^\"]* at (n \d+, c \d+, h \d+, w \d+)\" \[selected\]", tree)
-    assert sorted(chosen) == [
-        f"n 1, c {c}, h 0, w {w}" for c, w in itertools.product((2, 3), (0, 1))
-    ]
-    assert "4 cells share one mean" in re.sub(r"\s+", " ", page.inner_text("[aria-live]"))
-    for needed in ('combobox "Norm"', 'columnheader "n=1"', 'rowheader "c=2 h=0"'):
+    tree = page.locator("main").aria_snapshot()
+    lit = re.findall(r'gridcell "\d+ at ([^"]*), in the mean" \[selected\]', tree)
+    assert sorted(lit) == [f"n=1, c={c}, h=0, w={w}" for c, w in itertools.product((2, 3), (0, 1))]
+    sentence = re.sub(r"\s+", " ", page.inner_text("[aria-live]"))
+    assert sentence.startswith(
+        "Cell n=1, c=2, h=0, w=1: 4 cells share one mean: "
+        "n=1, c=2 to 3, h=0, every w (group 1 of 2). Mean "
+    )
+    for needed in (
+        'region "Axis explorer: which cells share one mean"',
+        'combobox "Norm"',
+        'columnheader "n=1"',
+        'rowheader "c=2 h=0"',
+        'img "Photographs',
+    ):
         assert needed in tree, tree
+    hint, grid = (tree.index(part) for part in ("arrow keys", 'grid "'))
+    assert hint < grid, "a reader hears of the arrow keys before the grid"
+    assert page.get_attribute("[aria-live]", "aria-atomic") == "true"
+
+
+def test_accessibility_tree_says_where_the_mean_is_subtracted(page):
+    state = {
+        "norm": "broadcast",
+        "photo": False,
+        "shape": (1, 2, 1, 2),
+        "groups": 1,
+        "at": (0, 0, 0, 1),
+    }
+    follow(page, state)
+    tree = page.locator(".axis-explorer").aria_snapshot()
+    cells = re.findall(r'gridcell "\d+ at n=0, ([^"]*)"', tree)
+    assert cells == [
+        "c=0, h=0, w=0",
+        "c=0, h=0, w=1, dotted",
+        "c=1, h=0, w=0, in the mean",
+        "c=1, h=0, w=1, in the mean, dotted",
+    ]
+
+
+# The cell of the two questions: which cells share its mean, and can the answer be seen?
+GROUPS = {"norm": "group", "photo": False, "groups": 2, "at": (1, 2, 0, 1)}
+SEEN = """(cell) => {
+  const live = document.querySelector("[aria-live]");
+  const free = (el, x, y) => el.contains(document.elementFromPoint(x, y));
+  const within = (box) => box.top >= 0 && box.bottom <= innerHeight;
+  const [a, b] = [cell.getBoundingClientRect(), live.getBoundingClientRect()];
+  return within(a) && within(b)
+    && [a.top + 1, a.bottom - 1].every((y) => free(cell, a.left + 5, y))
+    && [b.top + 10, b.bottom - 10].every((y) => free(live, b.left + 5, y));
+}"""
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (375, 700)])
+@pytest.mark.parametrize("name", ["intro.html", "axes/which-axes.html"])
+def test_answer_is_on_the_screen_while_the_keys_move(browser, site, name, width, height):
+    """In the book's own pages, from the top of the page, with the keyboard alone."""
+    context = browser.new_context(viewport={"width": width, "height": height})
+    page = context.new_page()
+    page.goto((site / "book" / name).as_uri())
+    here = "document.activeElement.name || document.activeElement.getAttribute('role')"
+    for _ in range(200):
+        page.keyboard.press("Tab")
+        if page.evaluate(here) == "norm":
+            break
+    page.keyboard.type("Gr")
+    for stop, key in (
+        ("data", None),
+        ("N", None),
+        ("C", "4"),
+        ("H", None),
+        ("W", None),
+        ("G", "2"),
+    ):
+        page.keyboard.press("Tab")
+        assert page.evaluate(here) == stop
+        if key:
+            page.keyboard.type(key)
+    page.keyboard.press("Tab")
+    assert page.evaluate(here) == "gridcell"
+    keys = ["ArrowRight"] * 3 + ["ArrowDown"] * 4
+    for key in keys + ["ArrowDown"] * 3 + ["ArrowUp"] * 7 + ["ArrowDown"] * 4:
+        page.keyboard.press(key)
+        assert page.locator(":focus").evaluate(SEEN), page.locator(":focus").aria_snapshot()
+    state = GROUPS | {"shape": (2, 4, 2, 2)}
+    assert shown_problems(state, page.evaluate(READ)) == []
+    page.evaluate("document.querySelector('[aria-live]').style.position = 'static'")
+    page.mouse.wheel(0, 10_000)
+    page.wait_for_function("scrollY > 1000")
+    assert not page.locator(":focus").evaluate(SEEN), "the check can fail"
+    context.close()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (375, 700)])
+def test_largest_tensor_is_seen_at_once(browser, site, width, height):
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.goto((site / "book/intro.html").as_uri() + fragment(GROUPS | {"shape": LIMITS}))
+    grid = page.locator("[role=grid]")
+    assert grid.evaluate("(grid) => grid.scrollWidth <= grid.clientWidth")
+    assert grid.bounding_box()["height"] < 0.75 * height
+    page.close()
+
+
+def test_current_cell_is_told_from_the_lit_ones_and_from_the_focus(page):
+    # A pixel of a photograph keeps its colour: there the frame alone tells.
+    for state, part in (
+        (GROUPS | {"shape": (2, 4, 2, 2)}, "backgroundColor"),
+        (GROUPS | {"photo": True, "shape": (2, 3, 8, 8), "groups": 1}, "borderTopWidth"),
+    ):
+        follow(page, state)
+        style = f"""(cell) => {{
+          const style = getComputedStyle(cell);
+          const ring = ["outlineStyle", "outlineColor", "outlineOffset"];
+          const parts = [{part!r}, ...(style.outlineStyle === "none" ? [] : ring)];
+          return parts.map((part) => style[part]).join();
+        }}"""
+        page.focus("select[name=norm]")
+        current = page.locator("[role=gridcell][tabindex='0']")
+        lit = page.locator("[aria-selected=true]:not([tabindex='0'])").first
+        looks = {lit.evaluate(style), current.evaluate(style)}
+        page.keyboard.press("Tab")
+        current.focus()
+        looks.add(current.evaluate(style))
+        assert len(looks) == 3, looks
+
+
+def test_mouse_at_rest_leaves_the_keys_alone(browser, tmp_path):
+    """A page that scrolls under the mouse must not move the chosen cell."""
+    (tmp_path / "x.html").write_text(page_of(axis_explorer("layer", LIMITS)), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 375, "height": 420})
+    page.goto((tmp_path / "x.html").as_uri())
+    page.evaluate("scrollTo(0, 250)")
+    page.mouse.move(200, 250)
+    assert "n=0, c=0, h=0, w=0" not in page.inner_text("[aria-live]"), "the mouse chooses"
+    page.focus("[role=gridcell][tabindex='0']")
+    for key in ("Control+Home", "Control+End"):
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+    assert page.inner_text("[aria-live]").startswith("Cell n=3, c=5, h=3, w=3:")
+    under = "document.elementFromPoint(200, 250).ariaLabel"
+    assert page.evaluate("scrollY") > 200 and " at n=" in page.evaluate(under)
+    page.close()
+
+
+def test_jupyterlab_leaves_the_keys_to_the_explorer(page):
+    """Its shortcuts stop at this attribute of the focused element; else "dd" deletes a cell."""
+    stops = page.locator(".axis-explorer").locator("select, a, [tabindex]")
+    assert stops.count() > 10
+    assert stops.evaluate_all("(all) => all.every((el) => 'lmSuppressShortcuts' in el.dataset)")
+
+
+def test_paper_has_the_answer_and_no_menus(page):
+    follow(page, GROUPS | {"shape": (2, 4, 2, 2)})
+    assert page.is_visible(".ax-bar") and page.is_visible(".ax-foot")
+    page.emulate_media(media="print")
+    assert page.is_hidden(".ax-bar") and page.is_hidden(".ax-foot")
+    assert page.inner_text(".ax-formula").startswith("Group norm: μ")
+    assert "8 cells share one mean" in page.inner_text("[aria-live]")
+    page.emulate_media(media="screen")
+
+
+# --- The photographs beside the numbers -----------------------------------------------------------
+
+PICTURE = """() => {
+  const shown = document.querySelector(".axis-explorer canvas");
+  const { width, height } = shown;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
+  pen.drawImage(shown, 0, 0);
+  return [[...pen.getImageData(0, 0, width, height).data], height, width];
+}"""
+
+
+def test_photographs_beside_show_the_same_norm(page):
+    x = photo_bytes()
+    for state in random_states(40, seed=6):
+        seen = follow(page, state)
+        groups = 3 if state["groups"] >= 3 else 1
+        at = tuple(min(i, d - 1) for i, d in zip(state["at"], x.shape, strict=True))
+        beside = {
+            "norm": state["norm"],
+            "photo": True,
+            "shape": (min(state["shape"][0], 2), 3, 8, 8),
+            "groups": groups,
+            "at": at,
+        }
+        answer = expected(beside)
+        data, height, width = page.evaluate(PICTURE)
+        pixels = np.array(data).reshape(height, width, 4)
+        for n in range(beside["shape"][0]):
+            for k, (h, w) in itertools.product(range(4), np.ndindex(8, 8)):
+                square = pixels[27 * k + 3 * h :, 27 * n + 3 * w :][:3, :3]
+                color = x[n, :, h, w] * (1 if k == 0 else np.arange(3) == k - 1)
+                assert (square[1, 1] == [*color, 255]).all()
+                whole = k == 0 or (answer is not None and answer[0][n, k - 1, h, w])
+                assert (square[0, 0, 3] > 0) == whole, (state, n, k, h, w)
+        if answer is None:
+            assert "raises an error" in seen["caption"]
+        else:
+            (told,) = masks_in_words(seen["caption"], beside["shape"])
+            assert (told == answer[0]).all()
+            assert " to 7" not in seen["caption"], "every h, every w"
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

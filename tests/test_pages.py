@@ -6,8 +6,11 @@ of the book, and to a page that was spoilt on purpose, where it must find one.
 
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import re
+import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -136,7 +139,7 @@ def one_way_home(visit):
 def inaccessible(visit):
     """What axe finds; the dark theme differs from the light one in its colours alone."""
     visit.page.evaluate(THIN)
-    options = {"preload": False}
+    options = {"preload": False, "rules": {"label-content-name-mismatch": {"enabled": True}}}
     if visit.theme == "dark":
         options["runOnly"] = ["color-contrast", "link-in-text-block"]
     report = Axe().run(visit.page, options=options).response
@@ -186,6 +189,11 @@ def test_every_page(site, browser, theme, width):
 HEAVY = "".join(f"<!-- {i * 7919 % 100003:x} {i * 104729 % 999983:x} -->" for i in range(60_000))
 
 
+SMALL = "src='../_static/minus.png' width=1 height=1"
+FAR_DOWN = "<div style='height: 3000px'></div>"
+NO_BRAND = "<script>document.querySelector('a.navbar-brand').removeAttribute('href')</script>"
+
+
 @pytest.mark.parametrize(
     ("gate", "spoil"),
     [
@@ -195,10 +203,13 @@ HEAVY = "".join(f"<!-- {i * 7919 % 100003:x} {i * 104729 % 999983:x} -->" for i 
         (too_heavy, HEAVY),
         (too_much_at_once, "<b></b>" * MOST),
         (overflow, "<div style='width: 2000px; height: 1px'></div>"),
-        (pictures, "<img src='../_static/minus.png' width=1 height=1 alt='figure.png'>"),
+        (pictures, f"<img {SMALL} alt='figure.png'>"),
         (pictures, "<img src='missing.png' width=1 height=1 alt='A picture that is not there.'>"),
         (pictures, "<img src='../_static/minus.png' alt='A picture without its own size.'>"),
+        (pictures, f"{FAR_DOWN}<img {SMALL} alt='A picture that nobody has come near to.'>"),
+        (one_way_home, NO_BRAND),
         (inaccessible, "<button></button>"),
+        (inaccessible, "<button aria-label='Open'>Close</button>"),
         (inaccessible, "<p style='color: #aaa; background: #fff'>too pale</p>"),
         (inaccessible_in_the_dark, "<p style='color: #444; background: #222'>too dark</p>"),
     ],
@@ -216,6 +227,44 @@ def test_gate_can_fail(site, browser, gate, spoil):
             assert gate(visit)
     finally:
         spoilt.unlink()
+
+
+# --- Pages as they are published ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(published, tmp_path_factory):
+    """The address of the published pages, which are in a folder of their host."""
+    root = tmp_path_factory.mktemp("host")
+    (root / "axis-book").symlink_to(published)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{host.server_port}/axis-book/"
+        host.shutdown()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["404.html", "book/intro.html", "book/axes/which-axes.html"])
+def test_published_page(server, browser, name, theme, width):
+    """What only published pages have: launch, edit and issue buttons, and the page for the lost."""
+    with Visit(browser, server + name, theme, width) as visit:
+        assert [url for url in visit.requests if not url.startswith((server, "data:"))] == []
+        gates = (errors, overflow, one_way_home, inaccessible)
+        assert [problem for gate in gates for problem in gate(visit)] == []
+        assert visit.page.evaluate("document.styleSheets[0].cssRules.length") > 99
+
+
+def test_the_lost_find_home(server, browser):
+    with Visit(browser, f"{server}404.html") as visit:
+        visit.page.click("article a")
+        visit.page.wait_for_url(f"{server}book/intro.html")
 
 
 # --- What readers do ------------------------------------------------------------------------------
@@ -365,12 +414,8 @@ def test_far_blocks_are_found_and_printed(site, browser):
         )
 
 
-def test_far_blocks_are_read_aloud(site, browser, chromium):
+def test_far_blocks_are_read_aloud(site, reading):
     """The tree that a screen reader gets has every formula, and none of their LaTeX."""
-    reading = browser.browser_type.launch(
-        executable_path=chromium,
-        args=["--no-sandbox", "--disable-gpu", "--force-renderer-accessibility"],
-    )
     page = reading.new_page()
     page.goto(site.joinpath(*LONGEST).as_uri())
     folded = ".dropdown, details > :not(summary)"
@@ -380,7 +425,7 @@ def test_far_blocks_are_read_aloud(site, browser, chromium):
     sources = page.evaluate("[...document.querySelectorAll('annotation')].map(e => e.textContent)")
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
-    reading.close()
+    page.close()
     roles = [node.get("role", {}).get("value") for node in nodes]
     spoken = {node.get("name", {}).get("value") for node in nodes}
     assert formulas > 300 and roles.count("MathMLMath") >= formulas
@@ -407,7 +452,9 @@ def test_print_has_no_furniture(site, browser):
     chapter = site / "book" / "axes" / "which-axes.html"
     with Visit(browser, chapter.as_uri(), theme="dark") as visit:
         visit.page.emulate_media(media="print")
-        for hidden in (".bd-sidebar-primary", ".bd-header-article", "button.copybtn"):
+        furniture = ("button.copybtn", "button.toggle-button", ".ax-bar", ".ax-foot")
+        for hidden in (".bd-sidebar-primary", ".bd-header-article", *furniture):
+            assert visit.page.locator(hidden).count(), hidden
             assert not visit.page.locator(hidden).first.is_visible(), hidden
         wide = visit.page.evaluate(
             """() => [...document.querySelectorAll("article pre")]
@@ -416,6 +463,39 @@ def test_print_has_no_furniture(site, browser):
               .length"""
         )
         assert wide == 0
+        # Code longer than a page must break, or the page before it stays blank.
+        stuck = visit.page.evaluate(
+            """() => [...document.querySelectorAll("article pre")]
+              .filter((e) => e.offsetHeight > 900)
+              .map((e) => {
+                while (e && getComputedStyle(e).breakInside === "auto") e = e.parentElement;
+                return e?.className;
+              })"""
+        )
+        assert stuck and set(stuck) == {None}
+
+
+def test_paper_has_all_of_a_page_that_nobody_has_scrolled(site, browser, tmp_path):
+    """No key, no mouse: as by the browser's menu, or by a program that prints pages."""
+    with Visit(browser, site.joinpath(*LONGEST).as_uri()) as visit:
+        page = visit.page
+        assert not page.evaluate("[...document.images].some((e) => e.naturalWidth)")
+        page.wait_for_function("[...document.images].every((e) => e.complete && e.naturalWidth)")
+        sizes = page.evaluate("[...document.images].map((e) => [e.naturalWidth, e.naturalHeight])")
+        printed = page.pdf()
+        drawn = re.findall(rb"/Subtype /Image\s+/Width (\d+)\s+/Height (\d+)", printed)
+        assert len(sizes) > 2
+        assert {tuple(size) for size in sizes} <= {(int(w), int(h)) for w, h in drawn}
+        page.emulate_media(media="print")
+        blank = page.evaluate(
+            f"""() => [...document.querySelectorAll('{FAR} *')]
+              .filter((e) => e.checkVisibility({{ contentVisibilityAuto: true }})
+                !== e.checkVisibility()).length"""
+        )
+        assert blank == 0 and page.locator(FAR).count() > 50
+        assert page.locator("details.hide:not([open])").evaluate_all(
+            "all => all.length && all.every((e) => !e.checkVisibility())"
+        )
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

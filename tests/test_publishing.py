@@ -219,6 +219,26 @@ def test_unused_variables_go_and_used_ones_stay():
     assert "--b" not in left and "--c" not in left
 
 
+def test_formula_keeps_the_full_stop_behind_it():
+    base = '<span class="base"><span class="mord">x</span></span>'
+    formula = '<span class="math"><span class="katex">{}{}</span></span>'
+    short = formula.format("", f'<span class="katex-html">{base}</span>')
+    long = formula.format("", f'<span class="katex-html">{base * 2}</span>')
+    whole = lean_pages.mend_page(f"<p>{long}, {short} and {short}). {long}.</p>")
+    assert whole == (
+        f'<p>{long}, {short} and <span style="white-space:nowrap">{short}).</span> {long}.</p>'
+    )
+
+
+def test_formula_in_words():
+    spoken = {
+        "N, C": "N, C",
+        r"\gamma\,r\,\mathrm{d}x": "gamma r dx",
+        r"1/\sqrt{\sigma^2+1} = 10^{-5}": "1/sqrt(sigma^2+1) = 10^(-5)",
+    }
+    assert {latex: lean_pages.spoken(latex) for latex in spoken} == spoken
+
+
 def test_one_style_sheet_one_script_and_few_files(site):
     page = soup(site / "book" / "axes" / "which-axes.html")
     assert len(page.select("link[rel=stylesheet]")) == 1

@@ -373,7 +373,7 @@ def test_answers_open_by_keyboard(site, browser, path):
     asked = quiz(nbformat.read(path, as_version=4))
     with Visit(browser, page.as_uri()) as visit:
         section = visit.page.locator("#check-yourself")
-        answers = section.locator("li > details")
+        answers = section.locator("li > [role=group] > details")
         assert answers.count() == sum(len(options) for _, options in asked)
         for i, option in enumerate(o for _, options in asked for o in options):
             verdict = answers.nth(i).locator(f"strong:text-is('{option['verdict']}:')")
@@ -382,6 +382,43 @@ def test_answers_open_by_keyboard(site, browser, path):
             visit.page.keyboard.press("Enter" if i % 2 else "Space")
             assert verdict.is_visible()
         assert section.locator("details.quiz-right").count() == len(asked)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_answers_and_folds_are_told_apart_by_ear(site, reading, path):
+    """Answers stand under their question, and folds say what they hold."""
+    nb = nbformat.read(path, as_version=4)
+    solutions = sum(c.source.count("{solution-start}") for c in nb.cells)
+    page = site / "book" / path.parent.name / f"{path.stem}.html"
+    with Visit(reading, page.as_uri()) as visit:
+        session = visit.context.new_cdp_session(visit.page)
+        tree = session.send("Accessibility.getFullAXTree")["nodes"]
+    nodes = {node["nodeId"]: node for node in tree}
+
+    def named(*roles):
+        return [
+            (node["nodeId"], node["name"]["value"].strip())
+            for node in tree
+            if node.get("role", {}).get("value") in roles and not node["ignored"]
+        ]
+
+    def questions_above(node):
+        while node := nodes.get(node.get("parentId")):
+            if (name := node.get("name", {}).get("value", "")).endswith("?"):
+                yield name
+
+    opening = named("DisclosureTriangle")
+    answers = [(at, name) for at, name in opening if name != "Show the code of this figure"]
+    asked = quiz(nb)
+    assert len(answers) == sum(len(options) for _, options in asked)
+    heard = [(next(questions_above(nodes[at])), name) for at, name in answers]
+    assert len(set(heard)) == len(heard) and len({question for question, _ in heard}) == len(asked)
+    assert not [name for pair in heard for name in pair if re.search(r"[\\{}$]", name)]
+
+    folds = [name for _, name in named("button") if "Solution" in name]
+    assert solutions >= 3 and len(set(folds)) == len(folds) == solutions
+    assert all(re.match(r"Show Solution to Exercise \d+\.\d+ \(.+\)", name) for name in folds)
+    assert not [name for _, name in named("button", "DisclosureTriangle") if "hidden" in name]
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

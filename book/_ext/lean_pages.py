@@ -10,6 +10,7 @@ in the page, so that nothing jumps; what the browser need not lay out at once wa
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import io
 import logging
@@ -18,6 +19,7 @@ import re
 import shutil
 from pathlib import Path
 
+from bs4 import BeautifulSoup
 from far_blocks import put_off
 from fontTools import subset
 from PIL import Image
@@ -60,6 +62,16 @@ MODE = """{
     }"""
 THEME_MEASURES = '"complete"===document.readyState?O():window.addEventListener("load",O)'
 MEASURES = Path(__file__).with_name("scrollable.js")
+# A fold is called what it says ("Show", by the style sheet's way of its hint) and what it opens.
+FOLD_LABEL = 'aria-label="Toggle hidden content"'
+FOLD_ADDED = 'title.insertAdjacentHTML("beforeend", collapseButton);'
+FOLD_NAMED = """{
+        const opens = document.createElement("span");
+        opens.className = "visually-hidden";
+        opens.textContent = title.textContent;
+        title.insertAdjacentHTML("beforeend", collapseButton);
+        title.lastElementChild.append(opens);
+      }"""
 # In the theme, and of no use here: icons as a megabyte of script, source maps, templates.
 UNUSED = (
     "scripts/fontawesome.js*",
@@ -301,8 +313,13 @@ def mend_page(html: str) -> str:
         'aria-label="Color mode" data-bs-title="Color mode"',
         'aria-label="Colour mode" data-bs-title="Colour mode"',
     )
+    html = re.sub(r'alt="(?:Binder|Colab) logo"', 'alt=""', html)  # its name stands beside it
     # This button's name is the word that it shows.
     html = re.sub(r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1", html)
+    # Hidden code is named by the words on its bar.
+    html = html.replace('<summary aria-label="Toggle hidden content">', "<summary>")
+    html = _CHECK.sub(lambda m: group_answers(m[0]), html)
+    html = _STOP.sub(r'<span style="white-space:nowrap">\1</span>', html)
     # A formula or a table that scrolls can be reached by keyboard.
     html = re.sub(
         r'<div class="((?:[\w-]+ )*math(?: [\w-]+)*)"',
@@ -321,6 +338,42 @@ def mend_page(html: str) -> str:
         ' role="list" class="citation-list"', ' class="citation-list"'
     )
     return re.sub(r'<th class="head">(?:<p></p>)?</th>', "<td></td>", html)
+
+
+# A formula that is never broken itself, and the full stop or comma that must not part from it.
+_STOP = re.compile(
+    r'(<span class="math">(?:(?!<span class="(?:base|math)">).)*<span class="base">'
+    r'(?:(?!<span class="(?:base|math)">).)*?(?:</span>){4}[.,;:?!)]+)',
+    re.S,
+)
+_CHECK = re.compile(r'<section id="check-yourself">.*?</section>', re.S)
+
+
+def spoken(latex: str) -> str:
+    """A short formula as text that can be read aloud."""
+    text = re.sub(r"\\(?:mathrm|text)\{(.*?)\}", r"\1", latex)
+    text = re.sub(r"\\[,;!]", " ", text).translate(str.maketrans("{}", "()", "\\"))
+    return " ".join(text.split())
+
+
+def group_answers(html: str) -> str:
+    """Make the answers to each question a group that has the question for its name.
+
+    A name is made of text, of which MathML has none: formulas in it are told in words.
+    """
+    section = BeautifulSoup(html, "html.parser")
+    for item in section.select("li:has(> details)"):
+        answers = item.find_all("details", recursive=False)
+        for formula in item.select(":scope > details > summary .katex-mathml"):
+            formula.string = spoken(formula.annotation.text)
+        question = copy.copy(item.p)
+        for formula in question.select(".katex"):
+            formula.replace_with(spoken(formula.annotation.text))
+        name = " ".join(question.text.split())
+        group = section.new_tag("div", attrs={"role": "group", "aria-label": name})
+        answers[0].insert_before(group)
+        group.extend(answers)
+    return str(section)
 
 
 def _one_viewport(match: re.Match[str]) -> str:
@@ -384,10 +437,14 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
     scripts = ";\n".join((static / s).read_text(encoding="utf-8") for s in SCRIPTS)
     scripts = re.sub(r"^//# sourceMappingURL=.*$", "", scripts, flags=re.M)
     scripts = replace_all(scripts, THEME_MEASURES, "0", "the theme's script")
+    scripts = replace_all(scripts, FOLD_LABEL, "", "the folds' script")
+    scripts = replace_all(scripts, FOLD_ADDED, FOLD_NAMED, "the folds' script")
     scripts += MEASURES.read_text(encoding="utf-8")
     other = (static / "searchtools.js").read_text(encoding="utf-8")
     everything = "".join(pages.values())
     words = set(re.findall(r"[\w-]+", scripts + other))
+    for code in re.findall(r"<script>(.*?)</script>", everything, re.S):
+        words.update(re.findall(r"[\w-]+", code))
     for names in re.findall(r'\b(?:class|id)="([^"]*)"', everything):
         words.update(names.split())
 
@@ -426,6 +483,9 @@ def lean(app: Sphinx, exception: Exception | None) -> None:
     flag = "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY"
     text = search.read_text(encoding="utf-8")
     text = replace_all(text, flag, f'{flag} && location.protocol !== "file:"', search.name)
+    # In a summary a formula is said once, not as MathML, as LaTeX and as it is drawn.
+    once = '[".katex-html", "annotation", ".headerlink",'
+    text = replace_all(text, '[".headerlink",', once, search.name)
     search.write_text(text, encoding="utf-8")
 
     for pattern in (*STYLES, *SCRIPTS, *UNUSED):

@@ -1,5 +1,6 @@
 /* Paper is white and has every figure: what is printed is the light page. A browser need not wait for
-   figures once it prints, so they are asked for as soon as a reader seems about to. */
+   figures once it prints, so the far ones are asked for when the page has been open for a while, and
+   at once when a key begins what may be a shortcut. */
 (() => {
   const root = document.documentElement.dataset;
   let theme;
@@ -9,7 +10,7 @@
   }
 
   document.addEventListener("keydown", (e) => (e.ctrlKey || e.metaKey) && load());
-  document.querySelector(".dropdown-download-buttons")?.addEventListener("click", load);
+  addEventListener("load", () => setTimeout(load, 2000));
   addEventListener("beforeprint", () => {
     load();
     theme = root.theme;
