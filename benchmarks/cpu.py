@@ -221,55 +221,73 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
 
 
 def measure_training(quick: bool) -> list[dict]:
-    """A training step of a residual network on photo patches, with torch's batch norm and ours."""
+    """A training step of two residual networks, with torch's batch norm and with ours."""
     import torch
 
     import bnlib.nn
     from bnlib.datasets import photo_patches
 
     class Block(torch.nn.Module):
-        def __init__(self, before, after, stride, fused):
+        """A residual block of ResNet-18 (two convolutions) or of ResNet-50 (a bottleneck)."""
+
+        def __init__(self, before, after, stride, bottleneck, fused):
             super().__init__()
-            self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
-            self.norm1 = torch.nn.BatchNorm2d(after)
-            self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
-            self.norm2 = torch.nn.BatchNorm2d(after)
+            narrow = after // 4
+            shapes = [(before, after, 3, stride), (after, after, 3, 1)]
+            if bottleneck:
+                shapes = [
+                    (before, narrow, 1, 1),
+                    (narrow, narrow, 3, stride),
+                    (narrow, after, 1, 1),
+                ]
+            convs = [torch.nn.Conv2d(a, b, k, s, k // 2, bias=False) for a, b, k, s in shapes]
+            self.convs = torch.nn.ModuleList(convs)
+            self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(b) for _, b, _, _ in shapes)
             self.short = torch.nn.Conv2d(before, after, 1, stride, bias=False)
             self.fused = fused
 
         def forward(self, x):
             short = self.short(x)
-            if self.fused:
-                x = self.norm1(self.conv1(x), activation="relu")
-                return self.norm2(self.conv2(x), residual=short, activation="relu")
-            x = torch.relu(self.norm1(self.conv1(x)))
-            return torch.relu(self.norm2(self.conv2(x)) + short)
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                residual = short if norm is self.norms[-1] else None
+                x = conv(x)
+                if self.fused:
+                    x = norm(x, residual=residual, activation="relu")
+                else:
+                    x = norm(x)
+                    x = torch.relu(x if residual is None else x + residual)
+            return x
 
-    def network(fused=False):
+    def network(bottleneck, fused=False):
         torch.manual_seed(0)
         widths = [32, 32, 64, 64, 128, 128]
-        blocks = [Block(a, b, 1 if a == b else 2, fused) for a, b in itertools.pairwise(widths)]
+        if bottleneck:
+            widths = [32, *(4 * w for w in widths[1:])]
+        blocks = [
+            Block(a, b, 2 if i in (1, 3) else 1, bottleneck, fused)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
+        ]
         stem = torch.nn.Conv2d(3, 32, 3, 1, 1, bias=False)
-        head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, 8)]
+        head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], 8)]
         return torch.nn.Sequential(stem, torch.nn.BatchNorm2d(32), *blocks, *head)
 
     data = photo_patches()
     images = torch.as_tensor(data.train_x[:128], dtype=torch.float32)
     labels = torch.as_tensor(data.train_y[:128]).long()
     rows = []
-    for layout in ("contiguous", "channels_last"):
+    for bottleneck, layout in itertools.product((False, True), ("contiguous", "channels_last")):
         channels_last = layout == "channels_last"
         x = images.contiguous(memory_format=torch.channels_last) if channels_last else images
         models = {
-            "eager": network(),
-            "bnlib": bnlib.nn.convert_batch_norm(network()),
-            "fused": bnlib.nn.convert_batch_norm(network(fused=True)),
+            "eager": network(bottleneck),
+            "bnlib": bnlib.nn.convert_batch_norm(network(bottleneck)),
+            "fused": bnlib.nn.convert_batch_norm(network(bottleneck, fused=True)),
         }
         if channels_last:
             models = {k: m.to(memory_format=torch.channels_last) for k, m in models.items()}
         optimizers = {k: torch.optim.SGD(m.parameters(), lr=0.05) for k, m in models.items()}
         times: dict[str, list[float]] = {name: [] for name in models}
-        for repetition in range(-2, 5 if quick else 31):
+        for repetition in range(-2, 5 if quick else 21):
             for name in models if repetition % 2 else reversed(models):
                 start = time.perf_counter()
                 optimizers[name].zero_grad()
@@ -279,10 +297,8 @@ def measure_training(quick: bool) -> list[dict]:
                     times[name].append(time.perf_counter() - start)
         shape = {"layout": layout, "batch": len(x), "channels": 3, "size": x.shape[-1]}
         eager = times["eager"]
-        pairs = {
-            "training step": times["bnlib"],
-            "training step, fused": times["fused"],
-        }
+        step = "training step, bottlenecks" if bottleneck else "training step"
+        pairs = {step: times["bnlib"], f"{step}, fused": times["fused"]}
         rows += [shape | compare(op, {"bnlib": t, "eager": eager}, {}) for op, t in pairs.items()]
     return rows
 

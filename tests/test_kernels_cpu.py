@@ -7,7 +7,7 @@ import torch
 
 from bnlib import reference
 from bnlib.functional import batch_norm
-from bnlib.kernels import cpu, empty_mask, unpack_mask
+from bnlib.kernels import cpu, empty_mask, pack_mask, unpack_mask
 
 # Rows, short rows, neighbouring channels; many and few channels and samples; awkward lengths.
 SHAPES = [
@@ -141,6 +141,55 @@ def test_same_bits_on_any_number_of_threads(shape, lanes, monkeypatch):
         assert torch.equal(mask, results[0][1])
         for a, b in zip(arrays, results[0][0], strict=True):
             assert torch.equal(a, b)
+
+
+# Outputs of 8 MB and more go past the caches where their rows are whole cache lines.
+STREAMED = [
+    ((33, 16, 64, 64), torch.float32, False),
+    ((33, 16, 64, 64), torch.float32, True),
+    ((3, 700, 32, 32), torch.float32, True),
+    ((33, 16, 64, 64), torch.bfloat16, False),
+    ((33, 8, 64, 64), torch.float64, True),
+    ((33, 16, 63, 65), torch.float32, False),
+    ((33, 17, 63, 64), torch.float32, True),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "lanes"), STREAMED, ids=str)
+def test_large_outputs_are_what_small_ones_are(shape, dtype, lanes):
+    x, dy, residual, weight, bias = tensors(shape, dtype, lanes)
+    weight, bias = weight.float().to(cpu._number_dtype(x)), bias.float().to(cpu._number_dtype(x))
+    (y, mean, _, inv_std, fused, dx, *sums, masked_dx, _, _, dresidual), mask = everything(
+        x, dy, residual, weight, bias
+    )
+    masked_sums = cpu.grad_sums(dy, x, mean, inv_std, mask=mask)
+    kept = unpack_mask(mask, x)
+    count = x.numel() // shape[1]
+    for i in (0, shape[0] // 2, shape[0] - 1):
+        one = slice(i, i + 1)
+        rest = (x[one], mean, inv_std, weight)
+        assert torch.equal(y[one], cpu.normalize(*rest, bias))
+        small = cpu.normalize(*rest, bias, residual=residual[one], relu=True)
+        assert torch.equal(fused[one], small)
+        assert torch.equal(kept[one], small > 0)
+        assert torch.equal(dx[one], cpu.grad_input(dy[one], *rest, *sums, count))
+        behind = {"mask": pack_mask(kept[one], x[one]), "dresidual": cpu.empty_like(x[one])}
+        small = cpu.grad_input(dy[one], *rest, *masked_sums, count, **behind)
+        torch.testing.assert_close(masked_dx[one], small)  # multiply-adds may round differently
+        assert torch.equal(dresidual[one], dy[one] * kept[one])
+
+
+def test_a_large_output_may_begin_anywhere():
+    x, dy, _, weight, _ = tensors((33, 16, 64, 64), torch.float32)
+    m = cpu.moments(x)
+    mask = empty_mask(x)
+    rest = (x, m.mean, torch.rsqrt(m.var()))
+    y = cpu.normalize(*rest, weight, relu=True, mask=mask)
+    odd = torch.empty(x.numel() + 1)[1:].view(x.shape)
+    sums = cpu.grad_sums(dy, *rest, mask=mask)
+    options = {"mask": mask, "dresidual": odd}
+    cpu.grad_input(dy, *rest, weight, *sums, m.count, **options)
+    assert torch.equal(odd, dy * (y > 0))
 
 
 def test_several_python_threads_at_once():

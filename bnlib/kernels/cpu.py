@@ -17,6 +17,7 @@ so that the mean drops out before anything is squared; :func:`bnlib.merge` joins
 
 from __future__ import annotations
 
+import array
 import concurrent.futures
 import ctypes
 import functools
@@ -24,7 +25,8 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numba
@@ -50,11 +52,14 @@ from bnlib.kernels.lanes import (
     keep,
     lanes_in,
     load,
+    load_int32,
     positive,
-    prefetch,
     rounded,
+    settle,
     spread,
     store,
+    store_int32,
+    stream,
     total,
 )
 from bnlib.moments import Moments
@@ -76,6 +81,7 @@ _TILE, _ROWS = 2048, 128
 # Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
 # the address waits for it.
 _APART = 80
+_STREAM_FROM = 1 << 23  # bytes; more than a cache keeps for the next layer
 
 
 def supports(x: Tensor) -> bool:
@@ -187,26 +193,35 @@ def _coefficients(c, weight, inv_std, sums, count):
 
 
 @_jit
-def _write_bits(mask, at, bits, end):
-    """Bits from ``at`` on, but no byte from ``end`` on; what stands before ``at`` stays."""
-    byte, skip = at >> 3, at & 7
-    bits <<= skip
-    if skip:
-        bits |= mask[byte] & ((1 << skip) - 1)
+def _bits_before(mask, at):
+    """The bits of the byte of bit ``at`` that stand before it."""
+    return np.int64(mask[at >> 3]) & ((1 << (at & 7)) - 1)
+
+
+@_jit
+def _write_bits(mask, at, before, bits, end):
+    """Bits from ``at`` on, after those before it in its byte; no byte from ``end`` on.
+
+    Up to the fourth byte, what stands after them is lost: masks are written in ascending order.
+    """
+    byte = at >> 3
+    bits = before | bits << (at & 7)
+    if byte + 4 <= end:
+        store_int32(mask, byte, bits)
+        return
     mask[byte] = bits & 255
     if byte + 1 < end:
         mask[byte + 1] = bits >> 8 & 255
-    if skip and byte + 2 < end:
-        mask[byte + 2] = bits >> 16 & 255
+    if byte + 2 < end:
+        mask[byte + 2] = bits >> 16
 
 
 @_jit
 def _read_bits(mask, at):
     """The bits from ``at`` on, 16 or more."""
     byte, last = at >> 3, mask.size - 1
-    if byte + 3 <= last:  # one load
-        low, high = np.int64(mask[byte + 1]) << 8, np.int64(mask[byte + 2]) << 16
-        return (np.int64(mask[byte]) | low | high | np.int64(mask[byte + 3]) << 24) >> (at & 7)
+    if byte + 3 <= last:
+        return load_int32(mask, byte) >> (at & 7)
     low, high = np.int64(mask[min(byte + 1, last)]) << 8, np.int64(mask[min(byte + 2, last)]) << 16
     return (np.int64(mask[byte]) | low | high) >> (at & 7)
 
@@ -215,41 +230,51 @@ def _read_bits(mask, at):
 
 
 @_jit
-def _far(x, size):
-    """Whether to ask for the next channel's row: too short for the processor to see it coming."""
-    return size <= 512 and x.size > 1 << 20  # and more than its cache
+def _streams(y, size):
+    """Whether rows of an output go past the caches: it is large, and they are whole cache lines.
+
+    Such a line need not be read before it is written, and pushes nothing else out of the caches.
+    """
+    bytes_of = y.itemsize
+    return y.size * bytes_of >= _STREAM_FROM and (y.ctypes.data | size * bytes_of) % 64 == 0
 
 
 @_jit
-def _rows_moments(x, channels, size, c, n0, n1):
-    """Mean and m2 of channel c of samples n0 .. n1."""
+def _rows_moments(x, like, channels, size, c0, c1, n0, n1, out):
+    """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, to ``out[:, c]``."""
     none, width = spread(x, 0.0), lanes_in(x)
+    lanes = np.empty((c1 - c0) * 2 * width, like.dtype)
     per_tile = max(1, _TILE // size)
-    ahead = _far(x, size)
-    count, mean, m2 = 0, 0.0, 0.0
+    count = 0
+    for c in range(c0, c1):
+        head = min(width, size)
+        first = total(load(x, (n0 * channels + c) * size, head, none))
+        out[0, c], out[1, c] = first / head, 0.0
     for n in range(n0, n1, per_tile):
         n_end = min(n + per_tile, n1)
         for i0 in range(0, size, _TILE):
             i1 = min(i0 + _TILE, size)
-            if count == 0:
-                head = min(width, i1)
-                mean = total(load(x, (n * channels + c) * size, head, none)) / head
-            near = spread(x, mean)
-            s, q = none, none
-            for m in range(n, n_end):
-                at = (m * channels + c) * size
-                for i in range(i0, i1, width):
-                    if ahead:
-                        prefetch(x, at + size + i)
-                    d = load(x, at + i, i1 - i, near) - near
-                    s = s + d
-                    q = q + d * d
-            part, first, rest = (n_end - n) * (i1 - i0), rounded(x, mean), total(s)
-            mean, m2 = _merged(
-                count, mean, m2, part, first + rest / part, total(q) - rest * rest / part
-            )
+            lanes[:] = 0
+            for m in range(n, n_end):  # in the order of memory
+                for c in range(c0, c1):
+                    j, near = 2 * width * (c - c0), spread(x, out[0, c])
+                    s, q = load(lanes, j, width, none), load(lanes, j + width, width, none)
+                    at = (m * channels + c) * size
+                    for i in range(i0, i1, width):
+                        d = load(x, at + i, i1 - i, near) - near
+                        s = s + d
+                        q = q + d * d
+                    store(lanes, j, width, s)
+                    store(lanes, j + width, width, q)
+            part = (n_end - n) * (i1 - i0)
+            for c in range(c0, c1):
+                j, near = 2 * width * (c - c0), rounded(x, out[0, c])
+                rest = total(load(lanes, j, width, none))
+                m2 = total(load(lanes, j + width, width, none)) - rest * rest / part
+                out[0, c], out[1, c] = _merged(
+                    count, out[0, c], out[1, c], part, near + rest / part, m2
+                )
             count += part
-    return mean, m2
 
 
 @_jit
@@ -258,48 +283,59 @@ def _rows_normalize(
 ):
     none, width = spread(x, 0.0), lanes_in(x)
     floor = spread(x, floor)
-    bits = mask.size // channels * 8
+    bits = 0 if mask is None else mask.size // channels * 8
+    past = _streams(y, size)
     for n in range(n0, n1):
         for c in range(c0, c1):
             mean, shift = spread(x, stats[0, c]), spread(x, bias[c])
             scale = spread(x, stats[2, c] * weight[c])
             at = (n * channels + c) * size
+            if mask is not None:
+                bit, end = c * bits + n * size, (c * bits + n1 * size + 7) >> 3
+                before = _bits_before(mask, bit)
             for i in range(0, size, width):
                 v = (load(x, at + i, size - i, none) - mean) * scale + shift
-                if residual.size:
+                if residual is not None:
                     v = v + load(residual, at + i, size - i, none)
                 v = as_stored(y, at_least(v, floor))
-                store(y, at + i, size - i, v)
-                if mask.size:
-                    end = (c * bits + (n + 1) * size + 7) >> 3
-                    _write_bits(mask, c * bits + n * size + i, positive(v), end)
+                if past:
+                    stream(y, at + i, v)
+                else:
+                    store(y, at + i, size - i, v)
+                if mask is not None:
+                    last = positive(v)
+                    _write_bits(mask, bit + i, before, last, end)
+                    before = last >> (width - (bit & 7))
 
 
 @_jit
-def _rows_gradient_sums(dy, x, mask, channels, size, mean, c, n0, n1):
-    none, width, middle = spread(x, 0.0), lanes_in(x), spread(x, mean[c])
-    bits = mask.size // channels * 8
+def _rows_gradient_sums(dy, x, mask, channels, size, mean, c0, c1, n0, n1, out):
+    none, width = spread(x, 0.0), lanes_in(x)
+    lanes = np.empty((c1 - c0) * 2 * width, mean.dtype)
+    bits = 0 if mask is None else mask.size // channels * 8
     per_tile = max(1, _TILE // size)
-    ahead = _far(x, size)
-    sum_dy, sum_dy_x = 0.0, 0.0
+    out[:, c0:c1] = 0
     for n in range(n0, n1, per_tile):
         for i0 in range(0, size, _TILE):
             i1 = min(i0 + _TILE, size)
-            s, q = none, none
+            lanes[:] = 0
             for m in range(n, min(n + per_tile, n1)):
-                at = (m * channels + c) * size
-                for i in range(i0, i1, width):
-                    if ahead:
-                        prefetch(x, at + size + i)
-                        prefetch(dy, at + size + i)
-                    g = load(dy, at + i, i1 - i, none)
-                    if mask.size:
-                        g = keep(_read_bits(mask, c * bits + m * size + i), g)
-                    s = s + g
-                    q = q + g * (load(x, at + i, i1 - i, none) - middle)
-            sum_dy += total(s)
-            sum_dy_x += total(q)
-    return sum_dy, sum_dy_x
+                for c in range(c0, c1):
+                    j, middle = 2 * width * (c - c0), spread(x, mean[c])
+                    s, q = load(lanes, j, width, none), load(lanes, j + width, width, none)
+                    at = (m * channels + c) * size
+                    for i in range(i0, i1, width):
+                        g = load(dy, at + i, i1 - i, none)
+                        if mask is not None:
+                            g = keep(_read_bits(mask, c * bits + m * size + i), g)
+                        s = s + g
+                        q = q + g * (load(x, at + i, i1 - i, none) - middle)
+                    store(lanes, j, width, s)
+                    store(lanes, j + width, width, q)
+            for c in range(c0, c1):
+                j = 2 * width * (c - c0)
+                out[0, c] += total(load(lanes, j, width, none))
+                out[1, c] += total(load(lanes, j + width, width, none))
 
 
 @_jit
@@ -307,7 +343,8 @@ def _rows_gradient(
     dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count, c0, c1, n0, n1
 ):
     none, width = spread(x, 0.0), lanes_in(x)
-    bits = mask.size // channels * 8
+    bits = 0 if mask is None else mask.size // channels * 8
+    past = _streams(dx, size) and (masked_dy is None or _streams(masked_dy, size))
     for n in range(n0, n1):
         for ch in range(c0, c1):
             a, b, c = _coefficients(ch, weight, inv_std, sums, count)
@@ -315,12 +352,19 @@ def _rows_gradient(
             at = (n * channels + ch) * size
             for i in range(0, size, width):
                 g = load(dy, at + i, size - i, none)
-                if mask.size:
+                if mask is not None:
                     g = keep(_read_bits(mask, ch * bits + n * size + i), g)
-                if masked_dy.size:
-                    store(masked_dy, at + i, size - i, g)
+                if masked_dy is not None:
+                    if past:
+                        stream(masked_dy, at + i, g)
+                    else:
+                        store(masked_dy, at + i, size - i, g)
                 v = load(x, at + i, size - i, none) - middle
-                store(dx, at + i, size - i, a * g + (b * v + c))
+                v = a * g + (b * v + c)
+                if past:
+                    stream(dx, at + i, v)
+                else:
+                    store(dx, at + i, size - i, v)
 
 
 # Panels: x is (M, K), vectors run along K neighbours, column k of channel k % C.
@@ -382,18 +426,26 @@ def _panel_normalize(x, residual, y, mask, columns, weight, bias, stats, floor, 
     floor = spread(x, floor)
     means, shifts = _per_column(stats[0], k0, k1), _per_column(bias, k0, k1)
     scales = _per_column(stats[2] * weight, k0, k1)
+    past = _streams(y, columns)
     for r in range(r0, r1):
-        at = r * columns + k0
+        at, end = r * columns + k0, (r * columns + k1 + 7) >> 3
+        if mask is not None:
+            before = _bits_before(mask, at)
         for k in range(0, size, width):
             mean, shift = load(means, k, size - k, none), load(shifts, k, size - k, none)
             scale = load(scales, k, size - k, none)
             v = (load(x, at + k, size - k, none) - mean) * scale + shift
-            if residual.size:
+            if residual is not None:
                 v = v + load(residual, at + k, size - k, none)
             v = as_stored(y, at_least(v, floor))
-            store(y, at + k, size - k, v)
-            if mask.size:
-                _write_bits(mask, at + k, positive(v), (at + size + 7) >> 3)
+            if past:
+                stream(y, at + k, v)
+            else:
+                store(y, at + k, size - k, v)
+            if mask is not None:
+                last = positive(v)
+                _write_bits(mask, at + k, before, last, end)
+                before = last >> (width - (at & 7))
 
 
 @_jit
@@ -409,7 +461,7 @@ def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, o
             for k in range(0, size, width):
                 left = size - k
                 g = load(dy, at + k, left, none)
-                if mask.size:
+                if mask is not None:
                     g = keep(_read_bits(mask, at + k), g)
                 d = load(x, at + k, left, none) - load(middles, k, left, none)
                 store(s, k, left, load(s, k, left, none) + g)
@@ -432,18 +484,67 @@ def _panel_gradient(
         )
     all_a, all_b = _per_column(factors[0], k0, k1), _per_column(factors[1], k0, k1)
     all_c, middles = _per_column(factors[2], k0, k1), _per_column(mean, k0, k1)
+    past = _streams(dx, columns) and (masked_dy is None or _streams(masked_dy, columns))
     for r in range(r0, r1):
         at = r * columns + k0
         for k in range(0, size, width):
             a, b = load(all_a, k, size - k, none), load(all_b, k, size - k, none)
             c, middle = load(all_c, k, size - k, none), load(middles, k, size - k, none)
             g = load(dy, at + k, size - k, none)
-            if mask.size:
+            if mask is not None:
                 g = keep(_read_bits(mask, at + k), g)
-            if masked_dy.size:
-                store(masked_dy, at + k, size - k, g)
-            v = load(x, at + k, size - k, none) - middle
-            store(dx, at + k, size - k, a * g + (b * v + c))
+            if masked_dy is not None:
+                if past:
+                    stream(masked_dy, at + k, g)
+                else:
+                    store(masked_dy, at + k, size - k, g)
+            v = a * g + (b * (load(x, at + k, size - k, none) - middle) + c)
+            if past:
+                stream(dx, at + k, v)
+            else:
+                store(dx, at + k, size - k, v)
+
+
+# What is absent is None, so that Numba compiles loops which do not ask for it.
+
+
+@_jit
+def _normalize(
+    panel, x, residual, y, mask, channels, size, weight, bias, stats, floor, c0, c1, k1, r0, r1
+):
+    if panel:
+        _panel_normalize(
+            x, residual, y, mask, channels * size, weight, bias, stats, floor, c0, k1, r0, r1
+        )
+    else:
+        _rows_normalize(
+            x, residual, y, mask, channels, size, weight, bias, stats, floor, c0, c1, r0, r1
+        )
+
+
+@_jit
+def _gradient_sums(panel, dy, x, mask, channels, size, mean, c0, c1, k1, r0, r1, out):
+    if panel:
+        _panel_gradient_sums(dy, x, mask, mean, channels, channels * size, c0, k1, r0, r1, out)
+    else:
+        _rows_gradient_sums(dy, x, mask, channels, size, mean, c0, c1, r0, r1, out)
+
+
+@_jit
+def _gradient(
+    panel, dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count,
+    c0, c1, k1, r0, r1,
+):  # fmt: skip
+    if panel:
+        _panel_gradient(
+            dy, x, dx, masked_dy, mask, channels * size, weight, mean, inv_std, sums, count,
+            c0, k1, r0, r1,
+        )  # fmt: skip
+    else:
+        _rows_gradient(
+            dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count,
+            c0, c1, r0, r1,
+        )  # fmt: skip
 
 
 # A kernel is a C function of one array of integers: the number of the next task, which every thread
@@ -493,6 +594,8 @@ def _forward_kernel(stored, number):
                 task = _take(p)
                 if task >= blocks * splits:
                     break
+                if step == _APPLY:  # what was read last may still be in the cache
+                    task = blocks * splits - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
                 r0, r1 = _cut(task % splits, splits, rows, unit)
                 k1 = columns if blocks == 1 else c1
@@ -501,21 +604,20 @@ def _forward_kernel(stored, number):
                     if panel:
                         _panel_moments(x, weight, channels, columns, c0, k1, r0, r1, out)
                     else:
-                        for c in range(c0, c1):
-                            out[0, c], out[1, c] = _rows_moments(x, channels, size, c, r0, r1)
+                        _rows_moments(x, weight, channels, size, c0, c1, r0, r1, out)
                     if splits == 1:
                         _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
                 if step == _APPLY or at_once:
-                    if panel:
-                        _panel_normalize(
-                            x, residual, y, mask, columns, weight, bias, stats, floor,
-                            c0, k1, r0, r1,
-                        )  # fmt: skip
+                    rest = (channels, size, weight, bias, stats, floor, c0, c1, k1, r0, r1)
+                    if residual.size and mask.size:
+                        _normalize(panel, x, residual, y, mask, *rest)
+                    elif residual.size:
+                        _normalize(panel, x, residual, y, None, *rest)
+                    elif mask.size:
+                        _normalize(panel, x, None, y, mask, *rest)
                     else:
-                        _rows_normalize(
-                            x, residual, y, mask, channels, size, weight, bias, stats, floor,
-                            c0, c1, r0, r1,
-                        )  # fmt: skip
+                        _normalize(panel, x, None, y, None, *rest)
+            settle()
             if at_once:
                 break
 
@@ -554,33 +656,31 @@ def _backward_kernel(stored, number):
                 task = _take(p)
                 if task >= blocks * splits:
                     break
+                if step == _APPLY:  # what was read last may still be in the cache
+                    task = blocks * splits - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
                 r0, r1 = _cut(task % splits, splits, rows, unit)
                 k1 = columns if blocks == 1 else c1
                 if step == _MEASURE:
                     out = partial[task % splits]
-                    if panel:
-                        _panel_gradient_sums(
-                            dy, x, mask, mean, channels, columns, c0, k1, r0, r1, out
-                        )
+                    rest = (channels, size, mean, c0, c1, k1, r0, r1, out)
+                    if mask.size:
+                        _gradient_sums(panel, dy, x, mask, *rest)
                     else:
-                        for c in range(c0, c1):
-                            out[0, c], out[1, c] = _rows_gradient_sums(
-                                dy, x, mask, channels, size, mean, c, r0, r1
-                            )
+                        _gradient_sums(panel, dy, x, None, *rest)
                     if splits == 1:
                         _add_up(c0, c1, out, inv_std, sums)
                 if step == _APPLY or at_once:
-                    if panel:
-                        _panel_gradient(
-                            dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums,
-                            count, c0, k1, r0, r1,
-                        )  # fmt: skip
+                    rest = (
+                        channels, size, weight, mean, inv_std, sums, count, c0, c1, k1, r0, r1
+                    )  # fmt: skip
+                    if masked_dy.size:
+                        _gradient(panel, dy, x, dx, masked_dy, mask, *rest)
+                    elif mask.size:
+                        _gradient(panel, dy, x, dx, None, mask, *rest)
                     else:
-                        _rows_gradient(
-                            dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std,
-                            sums, count, c0, c1, r0, r1,
-                        )  # fmt: skip
+                        _gradient(panel, dy, x, dx, None, None, *rest)
+            settle()
             if at_once:
                 break
 
@@ -589,8 +689,7 @@ def _backward_kernel(stored, number):
 
 # --- threads --------------------------------------------------------------------------------------
 
-_ARGUMENTS = 22
-_Arguments = ctypes.c_int64 * _ARGUMENTS
+_ARGUMENTS = 22  # at most
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -640,26 +739,45 @@ def _own_threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "bnlib")
 
 
-def _start(make: Callable[..., Any], x: Tensor, arguments: Any, tasks: int) -> None:
+def _start(make: Callable[..., Any], x: Tensor, numbers: Iterable[int], tasks: int) -> None:
     """Run the steps of a kernel, with as many threads as torch uses."""
     _, address, call = _compiled(make, x.dtype)
+    arguments = array.array("q", numbers)
+    pointer = arguments.buffer_info()[0]
     threads = 1 if _after_fork or x.numel() < _SERIAL_BELOW else torch.get_num_threads()
     threads = min(threads, tasks)
     if threads == 1:
-        call(arguments)
+        call(pointer)
         return
     steps = arguments[1]
     for step in (steps,) if steps == _MEASURE | _APPLY else (_MEASURE, _MERGE, _APPLY):
         arguments[0], arguments[1] = 0, steps & step
         if step == _MERGE:
-            call(arguments)
+            call(pointer)
         elif _openmp is not None:
-            _openmp(address, arguments, threads, 0)
+            _openmp(address, pointer, threads, 0)
         else:
-            others = [_own_threads().submit(call, arguments) for _ in range(threads - 1)]
-            call(arguments)
+            others = [_own_threads().submit(call, pointer) for _ in range(threads - 1)]
+            call(pointer)
             for other in others:
                 other.result()
+
+
+class _Scratch(threading.local):
+    """Memory in which the tasks of one call meet; every caller's thread has its own."""
+
+    numbers = np.empty(0)
+    address = 0
+
+    def at_least(self, size: int) -> int:
+        """Return the address of ``size`` float64 numbers."""
+        if self.numbers.size < size:
+            self.numbers = np.empty(size)
+            self.address = self.numbers.ctypes.data
+        return self.address
+
+
+_scratch = _Scratch()
 
 
 # --- what torch sees ------------------------------------------------------------------------------
@@ -686,7 +804,9 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
     size = math.prod(shape[2:])
     if not channels_are_neighbours(like):
         # A block fits into the L2 cache if it can.
-        blocks = max(1, min(channels, max(16, samples * channels * size >> 17)))
+        blocks = max(
+            1, min(channels, max(16, samples * channels * size >> int(os.environ.get("BLK", "17"))))
+        )
         splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
         copy = not like.is_contiguous()
         return _Plan(False, blocks, splits, samples, channels, size, copy)
@@ -790,11 +910,10 @@ def _forward(
         return y
     residual = None if residual is None else _beside(residual, x)
     weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
-    size = (plan.splits, 2, plan.channels)
-    partial = x.new_empty(size, dtype=torch.float64) if measure else None
-    arguments = _Arguments(
+    arguments = (
         0, _steps(plan, measure, apply), *plan[:6],
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(), _address(partial),
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(),
+        _scratch.at_least(2 * plan.splits * plan.channels),
         _address(y), _address(residual), bias.data_ptr(),
         *([_address(r) for r in running] or (0, 0)),
         _bits_of(eps), _bits_of(momentum), _bits_of(0.0 if relu else -math.inf),
@@ -914,11 +1033,10 @@ def _backward(
             sums.zero_()
         return dx
     mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
-    size = (plan.splits, 2, plan.channels)
-    partial = x.new_empty(size, dtype=torch.float64) if measure else None
-    arguments = _Arguments(
+    arguments = (
         0, _steps(plan, measure, apply), *plan[:6],
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(), _address(partial),
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(),
+        _scratch.at_least(2 * plan.splits * plan.channels),
         _address(dx), dy.data_ptr(), _address(dresidual), mean.data_ptr(), inv_std.data_ptr(),
         count,
     )  # fmt: skip

@@ -167,20 +167,57 @@ def store(typingctx, array, i, n, v):
 
 
 @intrinsic
-def prefetch(typingctx, array, i):
-    """Ask for array[i] ahead of time; it may lie beyond the end."""
+def stream(typingctx, array, i, v):
+    """array[i : i + lanes] = v past the caches; the address is a multiple of the vector's bytes."""
+    size = array.dtype.bitwidth // 8
 
     def generate(context, builder, signature, arguments):
-        byte = ir.IntType(8).as_pointer()
-        data = context.make_array(array)(context, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        int32 = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
-        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(ask, [pointer, int32(0), int32(2), int32(1)])  # to read, keep, data
+        value, index, number = arguments
+        vector = v.vector(context.get_value_type(array.dtype))
+        pointer = _pointer(context, builder, array, value, index, vector)
+        stored = builder.store(
+            _narrow(builder, number, array.dtype, v), pointer, align=size * v.count
+        )
+        mark = builder.module.add_metadata([ir.IntType(32)(1)])
+        stored.set_metadata("nontemporal", mark)
         return context.get_dummy_value()
 
-    return types.void(array, types.int64), generate
+    return types.void(array, types.int64, v), generate
+
+
+@intrinsic
+def settle(typingctx):
+    """Wait until what was streamed can be seen by other threads."""
+
+    def generate(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def load_int32(typingctx, array, i):
+    """The four bytes from array[i] on, at any address."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, array, *arguments, ir.IntType(32))
+        return builder.zext(builder.load(pointer, align=1), _I64)
+
+    return types.int64(array, types.int64), generate
+
+
+@intrinsic
+def store_int32(typingctx, array, i, bits):
+    """The lowest 32 bits, to the four bytes from array[i] on."""
+
+    def generate(context, builder, signature, arguments):
+        value, index, number = arguments
+        pointer = _pointer(context, builder, array, value, index, ir.IntType(32))
+        builder.store(builder.trunc(number, ir.IntType(32)), pointer, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), generate
 
 
 @intrinsic
