@@ -1,6 +1,6 @@
 /* Paper is white and has every figure: what is printed is the light page. A browser need not wait for
-   figures once it prints, so the far ones are asked for when the page has been open for a while, and
-   at once when a key begins what may be a shortcut. */
+   figures once it prints, so the far ones are asked for as soon as anybody is there: with the first
+   key, touch or movement of the mouse, without which nothing prints. */
 (() => {
   const root = document.documentElement.dataset;
   let theme;
@@ -9,8 +9,8 @@
     for (const image of document.querySelectorAll("img[loading=lazy]")) image.loading = "eager";
   }
 
-  document.addEventListener("keydown", (e) => (e.ctrlKey || e.metaKey) && load());
-  addEventListener("load", () => setTimeout(load, 2000));
+  for (const sign of ["keydown", "pointerdown", "pointermove"])
+    addEventListener(sign, load, { once: true, passive: true });
   addEventListener("beforeprint", () => {
     load();
     theme = root.theme;
