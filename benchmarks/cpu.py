@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # ResNet-50's batch norms, (channels, height = width), and shapes of no particular network.
@@ -220,8 +221,11 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
     ]
 
 
-def measure_training(quick: bool) -> list[dict]:
-    """A training step of two residual networks, with torch's batch norm and with ours."""
+def training_models(bottleneck: bool, layout: str) -> tuple[dict, Callable[[str], None]]:
+    """A residual network with torch's batch norm, with ours, and fused; what trains one of them.
+
+    The data are photo patches; a step is one of 128 of them.
+    """
     import torch
 
     import bnlib.nn
@@ -274,31 +278,39 @@ def measure_training(quick: bool) -> list[dict]:
     data = photo_patches()
     images = torch.as_tensor(data.train_x[:128], dtype=torch.float32)
     labels = torch.as_tensor(data.train_y[:128]).long()
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    images = images.contiguous(memory_format=memory)
+    models = {
+        "eager": network(bottleneck),
+        "bnlib": bnlib.nn.convert_batch_norm(network(bottleneck)),
+        "fused": bnlib.nn.convert_batch_norm(network(bottleneck, fused=True)),
+    }
+    models = {name: model.to(memory_format=memory) for name, model in models.items()}
+    optimizers = {k: torch.optim.SGD(m.parameters(), lr=0.05) for k, m in models.items()}
+
+    def step(name: str) -> None:
+        optimizers[name].zero_grad()
+        torch.nn.functional.cross_entropy(models[name](images), labels).backward()
+        optimizers[name].step()
+
+    return models, step
+
+
+def measure_training(quick: bool) -> list[dict]:
     rows = []
     for bottleneck, layout in itertools.product((False, True), ("contiguous", "channels_last")):
-        channels_last = layout == "channels_last"
-        x = images.contiguous(memory_format=torch.channels_last) if channels_last else images
-        models = {
-            "eager": network(bottleneck),
-            "bnlib": bnlib.nn.convert_batch_norm(network(bottleneck)),
-            "fused": bnlib.nn.convert_batch_norm(network(bottleneck, fused=True)),
-        }
-        if channels_last:
-            models = {k: m.to(memory_format=torch.channels_last) for k, m in models.items()}
-        optimizers = {k: torch.optim.SGD(m.parameters(), lr=0.05) for k, m in models.items()}
+        models, step = training_models(bottleneck, layout)
         times: dict[str, list[float]] = {name: [] for name in models}
         for repetition in range(-2, 5 if quick else 21):
             for name in models if repetition % 2 else reversed(models):
                 start = time.perf_counter()
-                optimizers[name].zero_grad()
-                torch.nn.functional.cross_entropy(models[name](x), labels).backward()
-                optimizers[name].step()
+                step(name)
                 if repetition >= 0:
                     times[name].append(time.perf_counter() - start)
-        shape = {"layout": layout, "batch": len(x), "channels": 3, "size": x.shape[-1]}
+        shape = {"layout": layout, "batch": 128, "channels": 3, "size": 16}
         eager = times["eager"]
-        step = "training step, bottlenecks" if bottleneck else "training step"
-        pairs = {step: times["bnlib"], f"{step}, fused": times["fused"]}
+        kind = "training step, bottlenecks" if bottleneck else "training step"
+        pairs = {kind: times["bnlib"], f"{kind}, fused": times["fused"]}
         rows += [shape | compare(op, {"bnlib": t, "eager": eager}, {}) for op, t in pairs.items()]
     return rows
 

@@ -8,7 +8,10 @@ neither contiguous nor channels_last are copied first. The vectors are those of
 :mod:`bnlib.kernels.lanes`.
 
 The work is cut into tasks by the shape alone, every task sums in a fixed order, and the partial
-results are merged in a fixed order: the bits do not depend on the number of threads.
+results are merged in a fixed order: the bits do not depend on the number of threads. A task of rows
+reads a sample's channels one after the other, as they lie in memory, and has a vector of sums for
+each; small enough, it finds them in the cache when it reads them again. Large outputs are written
+past the caches.
 
 Sums are taken in tiles, in the precision that the input is computed with, and go on in float64. For
 the statistics they are sums of d and d², where d is the distance from the mean of what came before,
@@ -226,17 +229,17 @@ def _read_bits(mask, at):
     return (np.int64(mask[byte]) | low | high) >> (at & 7)
 
 
-# Rows: x is (N, C, L), vectors run along the L neighbours of one channel.
-
-
 @_jit
 def _streams(y, size):
     """Whether rows of an output go past the caches: it is large, and they are whole cache lines.
 
     Such a line need not be read before it is written, and pushes nothing else out of the caches.
     """
-    bytes_of = y.itemsize
-    return y.size * bytes_of >= _STREAM_FROM and (y.ctypes.data | size * bytes_of) % 64 == 0
+    row = size * y.itemsize
+    return y.size * y.itemsize >= _STREAM_FROM and (y.ctypes.data | row) % 64 == 0
+
+
+# Rows: x is (N, C, L), vectors run along the L neighbours of one channel.
 
 
 @_jit

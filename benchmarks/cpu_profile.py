@@ -1,0 +1,157 @@
+"""Show what a layer's time on the CPU is made of, next to PyTorch's.
+
+    python benchmarks/cpu_profile.py            # with one thread; prints three tables, 1 minute
+    OMP_NUM_THREADS=2 python benchmarks/cpu_profile.py
+
+1. The floor of a call: a layer on a few numbers, with what it needs still in the processor's cache,
+   and after 4 MB of other work. A ``torch.autograd.Function`` that does nothing says how much of it
+   is the price of being written in Python.
+2. The kernels alone, in units of one copy of the same tensor into memory that is already there.
+3. The operators of a training step, of the networks that benchmarks/cpu.py measures: the share of
+   batch norm, addition and ReLU is all that a faster layer can win.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+
+import numpy as np
+import torch
+from cpu import machine, training_models
+
+from bnlib.functional import batch_norm
+from bnlib.kernels import cpu as kernels
+
+REPEATS = 300
+LARGE = [(32, 64, 112), (32, 256, 56), (32, 512, 28)]
+SMALL = [(32, 1024, 14), (32, 512, 7), (8, 256, 14)]
+
+
+class Nothing(torch.autograd.Function):
+    """As many inputs, outputs and saved tensors as the layer, and no arithmetic."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight, bias)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _, weight, bias = ctx.saved_tensors
+        return dy, weight, bias
+
+
+def main() -> None:
+    print(f"{machine()}, torch {torch.__version__}, threads {torch.get_num_threads()}")
+    calls()
+    passes()
+    steps()
+
+
+def median(function, before=lambda: None) -> float:
+    times = []
+    for _ in range(REPEATS):
+        before()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def calls() -> None:
+    x = torch.randn(16, 64, 1, 1, requires_grad=True)
+    weight, bias = (torch.rand(64, requires_grad=True) for _ in range(2))
+    running = torch.zeros(64), torch.ones(64)
+    dy = torch.ones_like(x)
+    other = np.zeros(1 << 19)
+    layers = {
+        "bnlib": lambda: batch_norm(x, *running, weight, bias, True),
+        "PyTorch": lambda: torch.nn.functional.batch_norm(x, *running, weight, bias, True),
+        "an empty autograd.Function": lambda: Nothing.apply(x, weight, bias),
+    }
+    print(f"\nmicroseconds of a call on {tuple(x.shape)}: forward + backward")
+    print(f"{'':28}{'warm':>16}{'after 4 MB':>16}")
+    for name, layer in layers.items():
+        cells = []
+        for before in (lambda: None, lambda: np.add(other, 1.0, out=other)):
+            forward = median(layer, before)
+            # A new graph for every backward: PyTorch's refuses statistics that have moved on.
+            graphs = iter([layer() for _ in range(REPEATS)])
+            if name == "PyTorch":
+                graphs = itertools.repeat(
+                    torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
+                )
+            inputs = (x, weight, bias)
+            backward = median(
+                lambda g=graphs, i=inputs: torch.autograd.grad(next(g), i, dy, retain_graph=True),
+                before,
+            )
+            cells.append(f"{forward * 1e6:.0f} + {backward * 1e6:.0f}")
+        print(f"{name:28}{cells[0]:>16}{cells[1]:>16}")
+
+
+def passes() -> None:
+    """A copy reads and writes; the layer's forward reads twice and writes, backward 4 and 1."""
+    print("\ntime of the kernels, outputs in memory already there, in copies of the same tensor")
+    print(f"{'N x C x H':16}{'layout':16}{'MB':>6}{'copy, ms':>10}{'forward':>9}{'backward':>10}")
+    allocate = kernels.empty_like
+    for shape in LARGE + SMALL:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            n, c, h = shape
+            x = torch.randn(n, c, h, h).contiguous(memory_format=layout)
+            dy, out = x.flip(0).contiguous(memory_format=layout), torch.empty_like(x)
+            weight = torch.rand(c)
+            kernels.empty_like = lambda _, out=out: out
+            try:
+                _, m, inv_std = kernels.moments_and_normalize(x, weight, None, 1e-5)
+                given = (dy, x, m.mean, inv_std, weight, m.count)
+                jobs = {
+                    "copy": lambda x=x, out=out: out.copy_(x),
+                    "forward": lambda x=x, w=weight: kernels.moments_and_normalize(
+                        x, w, None, 1e-5
+                    ),
+                    "backward": lambda given=given: kernels.grad_sums_and_input(*given),
+                }
+                times = {name: [] for name in jobs}
+                for _ in range(max(5, int(2e9 / x.nbytes / 20))):
+                    for name, job in jobs.items():
+                        start = time.perf_counter()
+                        job()
+                        times[name].append(time.perf_counter() - start)
+            finally:
+                kernels.empty_like = allocate
+            copy, forward, backward = (statistics.median(t) for t in times.values())
+            name = "channels_last" if layout == torch.channels_last else "NCHW"
+            print(
+                f"{f'{n} x {c} x {h}':16}{name:16}{x.nbytes / 1e6:6.1f}{copy * 1e3:10.3f}"
+                f"{forward / copy:9.2f}{backward / copy:10.2f}"
+            )
+
+
+def steps() -> None:
+    for bottleneck, layout in itertools.product((False, True), ("contiguous", "channels_last")):
+        models, step = training_models(bottleneck, layout)
+        print(f"\n{'bottlenecks' if bottleneck else 'pairs of 3 x 3'}, {layout}: ms of a step")
+        for name in models:
+            step(name)
+            with torch.profiler.profile() as profiler:
+                for _ in range(5):
+                    step(name)
+            times = {e.key: e.self_cpu_time_total / 5e3 for e in profiler.key_averages()}
+            ours = sum(t for key, t in times.items() if any(p in key.lower() for p in LAYER))
+            ours += times.get("aten::add", 0.0)
+            rest = sum(times.values()) - ours
+            share = ours / (ours + rest)
+            print(
+                f"  {name:8} batch norm, addition, ReLU {ours:7.2f} ({share:.0%}), rest {rest:8.2f}"
+            )
+
+
+# In the names of the profiler: the layer and ReLU; "aten::add" is the residual's addition.
+LAYER = ("batch_norm", "batchnorm", "clamp_min", "threshold_backward", "aten::relu")
+
+
+if __name__ == "__main__":
+    main()
