@@ -129,8 +129,9 @@ def batch_norm(
     apply = _BatchNorm.apply
     if torch.compiler.is_compiling():  # and synchronised: this call stays out of the graph
         apply = torch.compiler.disable(apply)
-    options = (training, momentum, eps, activation == "relu", group, _kernels(input, backend))
-    return apply(*tensors, residual, *options, torch.is_grad_enabled())
+    relu, kernels = activation == "relu", _kernels(input, backend)
+    options = (training, momentum, eps, relu, group, kernels, torch.is_grad_enabled())
+    return apply(input, weight, bias, residual, (running_mean, running_var, *options))
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -140,53 +141,48 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-        relu: bool,
-        group: Any,
-        kernels: Any,
-        grad_enabled: bool,  # by the caller; in here it never is
+        options: tuple[Any, ...],  # in one piece: every argument takes time
     ) -> Tensor:
-        need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
-        needs_grad = grad_enabled and (need_x or need_weight or need_bias or need_residual)
+        running_mean, running_var, training, momentum, eps, relu, group, kernels, enabled = options
+        needs_grad = enabled and any(ctx.needs_input_grad)  # in here no gradient is ever enabled
         tensors = (x, running_mean, running_var, weight, bias, residual)
-        options = (training, momentum, eps, relu, relu and needs_grad, group)
-        y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *options)
+        how = (training, momentum, eps, relu, relu and needs_grad, group)
+        y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *how)
         if needs_grad:
             ctx.save_for_backward(x, weight, mean, inv_std, mask)
-            ctx.count = None if batch is None else batch.count
-            ctx.dtypes = tuple(None if t is None else t.dtype for t in (weight, bias))
-            ctx.eps, ctx.group, ctx.kernels = eps, group, kernels
+            ctx.options = (eps, group, kernels, None if batch is None else batch.count)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mean, inv_std, mask = ctx.saved_tensors
-        need_x, _, _, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
-        kernels, count = ctx.kernels, ctx.count
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        eps, group, kernels, count = ctx.options
         if torch.is_grad_enabled() or _is_batched(dy):
             # The gradient is to be differentiated again, or dy is a batch of them: by torch
             # operations, with statistics that depend on x, or else a third derivative would take
             # them for constants.
-            if ctx.group is not None:
+            if group is not None:
                 raise RuntimeError("synchronised batch norm has one first derivative at a time")
             dy, mask = _behind_relu(kernels, dy, mask, x), None
             kernels = reference
             if count is not None:
                 batch = reference.moments(x)
-                mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(count, 1) + ctx.eps)
+                mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(count, 1) + eps)
         saved = (x, weight, mean, inv_std, mask, count)
         needs = (need_x, need_weight or need_bias, need_residual)
-        dx, sum_dy, sum_dy_x_hat, dresidual = _backward(kernels, dy, *saved, *needs, ctx.group)
-        dweight = sum_dy_x_hat.to(ctx.dtypes[0]) if need_weight else None
-        dbias = sum_dy.to(ctx.dtypes[1]) if need_bias else None
-        return dx, None, None, dweight, dbias, dresidual, *(None,) * 7
+        dx, sum_dy, sum_dy_x_hat, dresidual = _backward(kernels, dy, *saved, *needs, group)
+        # Autograd casts them to the dtypes of the weight and the bias.
+        return (
+            dx,
+            sum_dy_x_hat if need_weight else None,
+            sum_dy if need_bias else None,
+            dresidual,
+            None,
+        )
 
 
 def _forward(

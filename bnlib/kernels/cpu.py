@@ -864,7 +864,12 @@ def empty_like(x: Tensor) -> Tensor:
     Linux by default hands out huge pages to those who ask; PyTorch does not, and takes a page
     fault for every 4 KiB of a large output.
     """
-    t = torch.empty_like(dense(x) if _plan(x.shape, x.stride()).copy else x)
+    return _empty_like(dense(x) if _plan(x.shape, x.stride()).copy else x)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """The same for a tensor that is laid out for the kernels."""
+    t = torch.empty_like(x)
     if _madvise is not None and t.nbytes >= _HUGE_FROM:
         start = -(-t.data_ptr() // 4096) * 4096
         _madvise(start, t.data_ptr() + t.nbytes - start, 14)  # MADV_HUGEPAGE
@@ -907,7 +912,7 @@ def _forward(
     plan = _plan(x.shape, x.stride())
     if plan.copy:
         x = dense(x)
-    y = empty_like(x) if apply else None
+    y = _empty_like(x) if apply else None
     if x.numel() == 0:
         stats[:2] = 0
         return y
@@ -1000,12 +1005,14 @@ def moments_and_normalize(
     Running statistics, if given, are moved in place by ``momentum``.
     """
     stats = _stats(x)
-    given = () if running_mean is None or running_var is None else (running_mean, running_var)
-    used = tuple(_vector(r, 0, stats) for r in given)
+    used: tuple[Tensor, ...] = ()
+    if running_mean is not None and running_var is not None:
+        used = _vector(running_mean, 0, stats), _vector(running_var, 0, stats)
     y = _forward(x, weight, bias, stats, eps, residual, relu, mask, True, True, used, momentum)
     assert y is not None
-    for to, at in zip(given, used, strict=True):
-        if to.data_ptr() != at.data_ptr():
+    for to, at in zip((running_mean, running_var), used, strict=False):
+        assert to is not None
+        if to is not at:
             to.copy_(at)  # of another dtype, or not contiguous
         elif not to.is_inference():
             torch.autograd.graph.increment_version(to)
@@ -1030,7 +1037,7 @@ def _backward(
     if plan.copy:
         x = dense(x)
     dy = _beside(dy, x)
-    dx = empty_like(x) if apply else None
+    dx = _empty_like(x) if apply else None
     if x.numel() == 0:
         if measure:
             sums.zero_()
