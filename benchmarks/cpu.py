@@ -3,6 +3,7 @@
     python benchmarks/cpu.py                 # all of it; writes book/data/cpu.csv
     python benchmarks/cpu.py --no-compile    # without torch.compile: 6 minutes on 2 cores
     python benchmarks/cpu.py --quick         # a few shapes; prints only
+    python benchmarks/cpu.py --summary       # measures nothing; prints what the file says
 
 Every combination of threads and page size runs in a process of its own, because PyTorch reads
 THP_MEM_ALLOC_ENABLE when it starts. Within it the contestants take turns in one loop, in an order
@@ -49,11 +50,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few shapes, print and write nothing")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--summary", action="store_true", help="summarise the rows of --out")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
         run_child(**args.child)
+        return
+    if args.summary:
+        with args.out.open(newline="") as file:
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        summarise(rows)
         return
     most = min(2, os.cpu_count() or 1)
     settings: list[tuple[int, dict]] = []
@@ -339,17 +346,17 @@ def summarise(rows: list[dict]) -> None:
     print(f"{'pages':>5} threads {'layout':13} {'operation':28} eager compile  worst over eager")
     for group, members in sorted(groups.items()):
         means = [geometric_mean(members, key) for key in ("eager_ratio", "compile_ratio")]
-        worst = sorted(members, key=lambda r: r["eager_ratio"])[:3]
+        worst = sorted(members, key=lambda r: float(r["eager_ratio"]))[:3]
         shapes = [f"{r['batch']}x{r['channels']}x{r['size']} ({r['eager_ratio']})" for r in worst]
         huge, threads, layout, operation = group
         print(
-            f"{'huge' if huge else '4K':>5} {threads:7} {layout:13} {operation:28} "
+            f"{'huge' if int(huge) else '4K':>5} {threads:>7} {layout:13} {operation:28} "
             f"{means[0]:>5} {means[1]:>7}  {', '.join(shapes)}"
         )
 
 
 def geometric_mean(rows: list[dict], key: str) -> str:
-    values = [row[key] for row in rows if key in row]
+    values = [float(row[key]) for row in rows if key in row]
     return f"{math.exp(statistics.fmean(map(math.log, values))):.2f}" if values else "-"
 
 

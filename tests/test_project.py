@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import doctest
+import itertools
 import math
 import re
 import subprocess
@@ -205,24 +206,40 @@ def test_everything_that_is_needed_is_pinned():
     assert unpinned(pinned - {"markupsafe"}, installed_requires) == ["markupsafe, for jinja2"]
 
 
-def ratios(rows, layout, batch, operation):
-    """What a cell of the README's table says: geometric mean (worst)."""
-    found = [
-        float(row["eager_ratio"])
-        for row in rows
-        if (row["layout"], row["batch"], row["operation"]) == (layout, batch, operation)
-        and (row["threads"], row["huge_pages"]) == ("1", "0")
-    ]
-    assert len(found) == 12
-    return f"{math.exp(sum(map(math.log, found)) / 12):.2f} ({min(found):.2f})"
+def measured(rows, key, **where):
+    """The ratios ``key`` of the rows in which the columns have these values."""
+    found = [row for row in rows if all(row[column] == value for column, value in where.items())]
+    return [float(row[key]) for row in found if row[key]]
+
+
+def mean(ratios):
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def test_readme_quotes_the_measured_ratios():
     with (ROOT / "book" / "data" / "cpu.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    operations = ["forward", "forward+backward", "forward+backward, add, ReLU"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    operations = ["forward+backward", "forward+backward, add, ReLU"]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    against_compile = []
     for name, layout in (("NCHW", "contiguous"), ("channels_last", "channels_last")):
         for batch in ("32", "8"):
-            cells = [ratios(rows, layout, batch, operation) for operation in operations]
+            cells = []
+            for pages, operation in itertools.product("01", operations):
+                where = {"layout": layout, "batch": batch, "operation": operation}
+                found = measured(rows, "eager_ratio", threads="1", huge_pages=pages, **where)
+                assert len(found) == 12
+                cells.append(f"{mean(found):.2f} ({min(found):.2f})")
             assert " | ".join([f"| {name}", batch, *cells]) + " |" in readme
+        where = {"layout": layout, "batch": "32", "operation": "forward+backward"}
+        for pages in "01":
+            found = measured(rows, "compile_ratio", threads="2", huge_pages=pages, **where)
+            against_compile.append(f"{mean(found):.2f}")
+    assert "{} and {} for NCHW, {} and {} for channels_last".format(*against_compile) in readme
+    for kind in ("training step", "training step, bottlenecks"):
+        steps = [
+            ratio
+            for operation in (kind, f"{kind}, fused")
+            for ratio in measured(rows, "eager_ratio", operation=operation)
+        ]
+        assert f"{min(steps):.2f} to {max(steps):.2f}" in readme
