@@ -175,7 +175,7 @@ function mount(root) {
   choice("data", "Values");
   for (const a of AXES) choice(a, a);
   choice("G", "Groups G");
-  add(bar, "p", {}, "Touch a cell or use the arrow keys.");
+  add(bar, "p", {}, "Touch a cell or use arrow keys.");
 
   const formula = add(root, "p", { class: "ax-formula" });
   const live = add(root, "p", { class: "ax-live", "aria-live": "polite", "aria-atomic": "true" });
@@ -184,12 +184,12 @@ function mount(root) {
     class: "ax-grid",
     role: "grid",
     "aria-multiselectable": "true",
-    "aria-label": "Cells of x: those in the mean are selected",
+    "aria-label": "Cells, selected if in the mean",
   });
   const side = add(view, "div", { class: "ax-side" });
   const picture = add(side, "canvas", {
     role: "img",
-    "aria-label": "Photographs and their red, green and blue planes: whole pixels are in the mean, dots are not",
+    "aria-label": "Photographs and their planes: whole pixels are in the mean",
   });
   const caption = add(side, "p");
   const lines = add(root, "pre", { class: "ax-code", tabindex: "0", role: "group", "aria-label": "The same in code" });
@@ -260,10 +260,10 @@ function mount(root) {
       live,
       `Cell ${place(s.at)}: ` +
         (refused
-          ? `a mean of length C = ${s.C} does not fit W = ${s.W}: x - mean ${s.W > 1 ? "raises an error" : "has another shape"}.`
+          ? `a mean of length C = ${s.C} does not fit W = ${s.W}: x - mean ${s.W > 1 ? "raises an error" : "has another shape"}. Try W=C.`
           : `{count} cell${one ? "" : "s"} ${shares}: ${words(mean, s)}` +
             (s.norm === "group" ? ` (group ${(mean[1][0] * s.G) / s.C} of ${s.G})` : "") +
-            (wrong ? `. It is subtracted from the dotted cells: ${words(dots, s)}` : "") +
+            (wrong ? `. Subtracted from this and all dotted cells: ${words(dots, s)}` : "") +
             `. Mean {mean}, variance {variance}. Output ({value} − ${show(t.mean)}) / √(${show(t.variance)} + 10⁻⁵) = {y}.`),
       t,
     );
@@ -282,7 +282,7 @@ function mount(root) {
             pen.fillStyle = rgb((c) => (k && c !== k - 1 ? 0 : bytes[index([n, c, h, w], p)]));
             pen.fillRect(n * 27 + w * 3 + less, k * 27 + h * 3 + less, 3 - 2 * less, 3 - 2 * less);
           }
-    caption.textContent = `On photographs, shape (${size(p).join(", ")}): ${same ? words(same, p) : "x - mean raises an error"}.`;
+    caption.textContent = `Photographs, shape (${size(p).join(", ")})${s.norm === "group" ? ", G=" + p.G : ""}: ${same ? words(same, p) : "x - mean raises an error"}.`;
   }
 
   const go = (at) => {
