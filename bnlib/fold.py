@@ -117,10 +117,10 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
     A batch norm folds into the layer before it, ``bn(layer(x))``, when nothing else uses that
     layer's output. Failing that it folds into the layer after it, ``layer(bn(x))``, when nothing
-    else uses the batch norm's output and the layer does not pad it with zeros (a padded zero is
-    not a normalised zero) and is not transposed (whose border sees fewer weights). Everything else
-    is kept: batch norms that share their input or output, are called twice, are in training mode,
-    carry hooks.
+    else uses the batch norm's output, nothing that could write into its input runs between the two,
+    and the layer does not pad with zeros (a padded zero is not a normalised zero) and is not
+    transposed (whose border sees fewer weights). Everything else is kept: batch norms that share
+    their input or output, are called twice, are in training mode, carry hooks.
 
     The model is traced with ``torch.fx`` only to learn who feeds whom; its own ``forward`` stays.
     It is followed as called with its required arguments alone: where an optional argument changes
@@ -232,7 +232,7 @@ def _fold_before(layer: _AnyLayer, bn: _BatchNorm) -> _AnyLayer:
         groups = layer.groups
         if isinstance(layer, _ConvTransposeNd):
             raise _NotExact("at the border of a transposed convolution fewer weights meet the β")
-        if layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice):
+        if _pads_with_zeros(layer):
             raise _NotExact("the zeros that the convolution pads with would have to be normalised")
     scale, shift = _scale_and_shift(bn)
     weight, bias = _weight_and_bias(layer)
@@ -291,6 +291,16 @@ def _ranks(bn: _BatchNorm) -> tuple[int, ...]:
     if isinstance(bn, nn.BatchNorm3d):
         return (5,)
     return (2, 3, 4, 5)  # SyncBatchNorm
+
+
+def _pads_with_zeros(conv: _ConvNd) -> bool:
+    # Asks the attribute that forward reads, not what the constructor derived from it: networks are
+    # dilated after they are built, by assigning to dilation and padding.
+    if conv.padding_mode != "zeros" or conv.padding == "valid":
+        return False
+    if conv.padding == "same":
+        return any(length > 1 for length in conv.kernel_size)
+    return bool(torch.as_tensor(conv.padding).any())
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -442,7 +452,21 @@ class _Graph:
         users = list(self._node[bn].users)
         if len(users) != 1:
             raise _NotExact(f"its output has {len(users)} users")
-        return self._layer(users[0], "its output goes to")
+        layer = self._layer(users[0], "its output goes to")
+        # Folded, the layer reads the batch norm's input, and reads it later.
+        node = self._node[bn].next
+        while node is not users[0]:
+            if not self._only_reads(node):
+                what = _describe(node, self._name.get(node))
+                raise _NotExact(f"before {layer!r} runs, {what} may write into its input")
+            node = node.next
+        return layer
+
+    def _only_reads(self, node: torch.fx.Node) -> bool:
+        if node.op != "call_module":
+            return node.op in ("placeholder", "get_attr")
+        module = self._modules[self._name[node]]
+        return isinstance(module, (_BatchNorm, *_LAYERS)) and not _has_hooks(module)
 
     def _layer(self, node: torch.fx.Node, relation: str) -> str:
         name = self._name.get(node)

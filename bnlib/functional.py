@@ -511,10 +511,11 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def _is_batched(t: Tensor) -> bool:
-    """Whether a vmap, torch.func's or the older one of ``is_grads_batched``, runs over ``t``."""
-    functorch = torch._C._functorch
-    return torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(t)
+def _is_batched(dy: Tensor) -> bool:
+    """Whether a gradient is more than one: a batch of them, by torch.func or the older vmap of
+    ``is_grads_batched``, or one with a tangent, for which our kernels are linear maps too.
+    """
+    return _is_transformed(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def _differentiable(

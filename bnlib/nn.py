@@ -151,7 +151,8 @@ def convert_batch_norm(model: torch.nn.Module, sync: bool = False) -> torch.nn.M
 
     The modules stay the objects they are and only change their class: parameters, buffers, hooks,
     flags, names and every reference to them stay valid, so an optimizer that already holds the
-    parameters goes on working, and a module used in two places is still one.
+    parameters goes on working, and a module used in two places is still one. ``torch.jit.script``
+    does not take the new classes; ``torch.export`` and ``torch.jit.trace`` do.
 
     Args:
         model: any module, itself possibly a batch norm. Modules of exactly the classes

@@ -184,25 +184,32 @@ def test_ddp_of_two_ranks_trains_as_one_process(tmp_path: Path) -> None:
                 assert apart(ours, expected) < 1e-10
 
 
-def lose_a_rank(rank: int, world: int, folder: str, how: str) -> None:
+def lose_a_rank(rank: int, world: int, folder: str, how: str, collective: str) -> None:
     start(rank, world, folder, seconds=2)
     layer = a_layer(SyncBatchNorm)
-    x, _ = batches(1)[0]
-    layer(x)
-    if rank == 1:
-        if how == "late":
-            time.sleep(6)
+    x = batches(1)[0][0].requires_grad_()
+    y = layer(x)
+    if rank == 1 and how == "dead":
         return  # and the other rank waits in vain
+    if rank == 1:
+        time.sleep(4)
     begin = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"all_gather failed on rank 0 of 2: another rank"):
-        layer(x)
+    for _ in range(2):  # a second try must not take what was sent for the first
+        message = rf"{collective} failed on rank {rank} of 2: another rank"
+        with pytest.raises(RuntimeError, match=message):
+            layer(x) if collective == "all_gather" else y.sum().backward(retain_graph=True)
     assert time.monotonic() - begin < 5
+    if rank == 0 and how == "late":
+        time.sleep(4)  # alive when the other one comes
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
 @pytest.mark.parametrize("how", ["dead", "late"])
-def test_a_lost_rank_is_an_error_within_the_timeout(tmp_path: Path, how: str) -> None:
-    mp.spawn(lose_a_rank, (2, str(tmp_path), how), 2)
+def test_a_lost_rank_is_an_error_within_the_timeout(
+    tmp_path: Path, how: str, collective: str
+) -> None:
+    mp.spawn(lose_a_rank, (2, str(tmp_path), how, collective), 2)
 
 
 def one_value_in_all(rank: int, world: int, folder: str) -> None:

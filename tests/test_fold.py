@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.utils import fusion, parametrizations, prune
 
 from bnlib.fold import fold_batch_norm, fold_conv_bn, fold_linear_bn
+from bnlib.nn import convert_batch_norm
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -389,6 +391,21 @@ def test_architectures_that_fold_completely(make, shape, folded, dtype):
     assert len(report.folded) == folded and not report.kept
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_converted_models(sync):
+    """The README's lines: bnlib's modules fold as torch's do, where they do nothing more."""
+    report = check_model(convert_batch_norm(resnet(), sync), torch.randn(2, 3, 12, 12))
+    assert len(report.folded) == 8 and not report.kept
+
+    class Fused(ResidualBlock):
+        def forward(self, x):
+            y = self.bn1(self.conv1(x), activation="relu")
+            return self.bn2(self.conv2(y), x, "relu")
+
+    report = check_model(convert_batch_norm(Fused(3, 3, 1), sync), torch.randn(2, 3, 5, 5))
+    assert set(report.kept.values()) == {"it is called with more than its input"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_mlp(dtype):
     assert check_model(mlp(), torch.randn(6, 12), dtype=dtype).folded == {"1": "0", "5": "4"}
@@ -439,9 +456,36 @@ class ReadsGamma(ReadsWeight):
         return self.bn(self.conv(x)) * self.bn.weight.sum()
 
 
+class WritesBetween(nn.Module):
+    """With the batch norm folded into ``after``, that would read what has become of x."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.bn, self.after, self.write = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), write
+
+    def forward(self, x):
+        x = x + 1
+        z = self.bn(x)
+        self.write(x)
+        return self.after(z) + x
+
+
+def padded_later():
+    """As networks are dilated: the padding is assigned when the layer exists already."""
+    conv = nn.Conv2d(3, 4, 3)
+    conv.dilation = conv.padding = (2, 2)
+    return nn.Sequential(nn.BatchNorm2d(3), conv)
+
+
 @pytest.mark.parametrize(
     ("model", "reasons"),
     [
+        (WritesBetween(lambda x: x.mul_(2)), {"bn": "before 'after' runs, mul_ may write into"}),
+        (WritesBetween(lambda x: F.relu(x, inplace=True)), {"bn": "relu may write"}),
+        # += is recorded as a harmless addition, which it is not.
+        (WritesBetween(lambda x: operator.iadd(x, 1)), {"bn": "add may write"}),
+        (WritesBetween(nn.ReLU(inplace=True)), {"bn": "'write' may write"}),
+        (padded_later(), {"0": "zeros that the convolution pads with"}),
         (TwoUsers(), {"bn": "the output of 'conv' has 2 users; its output has 2 users"}),
         (Twice(), {"bn": "called 2 times", "bn2": "comes from 'conv', which is called 2 times"}),
         (ReadsWeight(), {"bn": "comes from 'conv', which is also used elsewhere"}),
@@ -496,6 +540,7 @@ def test_batch_norm_in_training_mode_is_kept():
         ),
         (nn.Sequential(nn.BatchNorm1d(4), nn.Conv1d(4, 6, 3, groups=2)), (2, 4, 9), {"0": "1"}),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding="valid")), None, {"0": "1"}),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, padding="same")), None, {"0": "1"}),
         (
             nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")),
             None,

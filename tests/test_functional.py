@@ -32,7 +32,8 @@ def case(shape, dtype=torch.float64, seed=0, param_dtype=None):
 
 def run(fn, x, weight, bias, running_mean, running_var, dy, training, **kwargs):
     """Output, gradients of x, weight, bias, and the buffers after one step."""
-    leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+    # Not clones, which have no gaps and no strides of 0.
+    leaves = [t if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
     buffers = [t if t is None else t.clone() for t in (running_mean, running_var)]
     y = fn(leaves[0], *buffers, leaves[1], leaves[2], training, 0.3, 1e-3, **kwargs)
     y.backward(dy)
@@ -96,16 +97,19 @@ def test_statistics_survive_a_large_mean(backend):
 
 
 def layouts(x):
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     yield "contiguous", x.contiguous()
-    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "channels_last", x.contiguous(memory_format=last)
     yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
-    yield "sliced", torch.cat([x, x], dim=3)[..., ::2].contiguous().repeat(1, 1, 1, 2)[..., ::2]
-    yield "batch inside", x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    yield "sliced", x.repeat_interleave(2, -1)[..., ::2]
+    yield "batch inside", x.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield "expanded", x[:, :, :1].expand(x.shape)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_any_strides_and_the_memory_format_stays(training, backend):
-    x, *rest, dy = case((4, 3, 6, 8))
+@pytest.mark.parametrize("shape", [(4, 3, 6, 8), (3, 4, 2, 5, 3)], ids=str)
+def test_any_strides_and_the_memory_format_stays(shape, training, backend):
+    x, *rest, dy = case(shape)
     for name, x_laid in layouts(x):
         for _, dy_laid in layouts(dy):
             theirs = run(torch_batch_norm, x_laid, *rest, dy_laid, training)
@@ -243,6 +247,22 @@ def test_forward_mode_leaves_the_buffers_plain():
         assert forward_ad.unpack_dual(running_mean).tangent is None
     _, expected = torch.func.jvp(lambda x: written_out(x, weight, bias, 0.1), (x,), (v,))
     torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_through_a_backward_pass_recorded_before(training, activation, backend):
+    x, weight, bias, running_mean, running_var, dy = case((5, 2, 3))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    options = {"eps": 0.1, "activation": activation, "backend": backend}
+    y = batch_norm(x, running_mean, running_var, weight, bias, training, **options)
+    direction = torch.flip(dy, (0,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(dy, direction)
+        grads = torch.autograd.grad(y, leaves, dual, retain_graph=True)
+        tangents = [forward_ad.unpack_dual(g).tangent for g in grads]
+    assert_same(tangents, torch.autograd.grad(y, leaves, direction))  # linear in dy
 
 
 def test_torch_func_grad_and_vmap(backend):

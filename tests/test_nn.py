@@ -19,6 +19,7 @@ OPTIONS = [
     {},
     {"momentum": None},
     {"affine": False},
+    {"bias": False},
     {"track_running_stats": False},
     {"eps": 1e-2, "momentum": 0.3, "dtype": torch.float64},
 ]
@@ -99,21 +100,22 @@ def test_residual_and_relu():
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-def test_half_model_and_autocast():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_model_and_autocast(dtype):
     torch.manual_seed(0)
-    theirs, ours = pair("BatchNorm2d", dtype=torch.bfloat16)
-    x = torch.randn(4, 5, 3, 3, dtype=torch.bfloat16)
+    theirs, ours = pair("BatchNorm2d", dtype=dtype)
+    x = torch.randn(4, 5, 3, 3, dtype=dtype)
     for _ in range(3):
         torch.testing.assert_close(ours(x), theirs(x), rtol=2e-2, atol=2e-2)
-    assert ours.running_mean.dtype == torch.bfloat16
+    assert ours.running_mean.dtype == dtype
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-2, atol=1e-2)
 
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5))
     fast = bnlib.nn.convert_batch_norm(copy.deepcopy(model))
     x = torch.randn(2, 3, 6, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         y, expected = fast(x), model(x)
-    assert y.dtype == expected.dtype == torch.bfloat16
+    assert y.dtype == expected.dtype == dtype
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
     y.sum().backward()
     assert fast[1].weight.grad.dtype == torch.float32
