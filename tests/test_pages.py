@@ -6,9 +6,11 @@ of the book, and to a page that was spoilt on purpose, where it must find one.
 
 from __future__ import annotations
 
+import base64
 import functools
 import gzip
 import http.server
+import io
 import re
 import threading
 from pathlib import Path
@@ -17,6 +19,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from alt_text import alt_problem
 from axe_playwright_python.sync_playwright import Axe
+from line_breaks import glued
+from PIL import Image
+from test_plotting import contrast
+
+from bnlib.plotting import INK, PAGE
 
 LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
 MOST = 2_500  # elements that a browser must lay out before a page is there
@@ -519,6 +526,65 @@ def test_paper_is_white_and_has_every_figure(site, browser, tmp_path, theme):
         page.pdf(path=tmp_path / "chapter.pdf")
         assert page.evaluate("printed") == ["rgb(31, 36, 43)", screen]
         assert page.evaluate("document.documentElement.dataset.theme") == theme
+
+
+def test_a_formula_is_not_parted_from_its_comma(site, browser):
+    """At no width; the formula may be broken inside, or a long one would widen the page."""
+    with Visit(browser, site.joinpath(*LONGEST).as_uri()) as visit:
+        parted, broken = visit.page.evaluate(
+            """() => {
+              const comma = (text) => {
+                const range = new Range();
+                range.setStart(text, 0);
+                range.setEnd(text, 1);
+                return range.getBoundingClientRect();
+              };
+              let parted = 0, broken = 0;
+              for (const formula of document.querySelectorAll("section > p .math")) {
+                const next = formula.nextSibling;
+                if (next?.nodeType !== Node.TEXT_NODE || !/^[,.;:)]/.test(next.data)) continue;
+                const parts = [...formula.querySelectorAll(".katex-html > .base")];
+                const paragraph = formula.closest("p");
+                for (let width = 150; width < 300; width += 10) {
+                  paragraph.style.width = width + "px";
+                  const last = parts.at(-1).getBoundingClientRect();
+                  parted += comma(next).left < last.left;
+                  broken += parts.length > 1 && last.left < parts[0].getBoundingClientRect().right - 1;
+                }
+                paragraph.style.width = "";
+              }
+              return [parted, broken];
+            }"""
+        )
+    assert parted == 0 and broken > 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_in_a_figure_have_the_contrast_of_text(site, browser, theme):
+    with Visit(browser, site.joinpath(*LONGEST).as_uri(), theme=theme) as visit:
+        ink = io.BytesIO()
+        Image.new("RGB", (40, 40), INK).save(ink, "png")
+        place = "position: fixed; z-index: 9999; inset: 0 auto auto 0; width: 40px; margin: 0"
+        picture = f"data:image/png;base64,{base64.b64encode(ink.getvalue()).decode()}"
+        visit.page.evaluate(
+            """async (figure) => {
+              document.querySelector("article h1").insertAdjacentHTML("afterend", figure);
+              await document.querySelector("article h1 + figure img").decode();
+            }""",
+            f'<figure style="{place}"><img src="{picture}" width="40" height="40"></figure>',
+        )
+        shot = visit.page.screenshot(clip={"x": 0, "y": 0, "width": 40, "height": 40})
+        seen = Image.open(io.BytesIO(shot)).convert("RGB").getpixel((20, 20))
+    page = getattr(PAGE, theme)
+    assert contrast("#{:02x}{:02x}{:02x}".format(*seen), page) >= 4.5 > contrast(INK, page)
+
+
+@pytest.mark.parametrize(
+    "text",  # where ~ stands for a no-break space
+    ["3~×~3~×~64 and N~×~H", "is 53~% of it, γ~=~1, β~=~−1", "width = 3, 9 = 3 + 6, a = (1, 2)"],
+)
+def test_products_percentages_and_values_are_not_broken(text):
+    assert glued(text.replace("~", " ")) == text.replace("~", "\N{NO-BREAK SPACE}")
 
 
 def test_ids_are_unique(site):
