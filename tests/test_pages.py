@@ -549,7 +549,8 @@ def test_a_formula_is_not_parted_from_its_comma(site, browser):
                   paragraph.style.width = width + "px";
                   const last = parts.at(-1).getBoundingClientRect();
                   parted += comma(next).left < last.left;
-                  broken += parts.length > 1 && last.left < parts[0].getBoundingClientRect().right - 1;
+                  const first = parts[0].getBoundingClientRect();
+                  broken += parts.length > 1 && last.left < first.right - 1;
                 }
                 paragraph.style.width = "";
               }
