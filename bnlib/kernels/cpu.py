@@ -807,9 +807,7 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
     size = math.prod(shape[2:])
     if not channels_are_neighbours(like):
         # A block fits into the L2 cache if it can.
-        blocks = max(
-            1, min(channels, max(16, samples * channels * size >> int(os.environ.get("BLK", "17"))))
-        )
+        blocks = max(1, min(channels, max(16, samples * channels * size >> 17)))
         splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
         copy = not like.is_contiguous()
         return _Plan(False, blocks, splits, samples, channels, size, copy)
