@@ -52,6 +52,8 @@ from bnlib.kernels import (
 from bnlib.kernels.lanes import (
     as_stored,
     at_least,
+    fetch,
+    fetch_far,
     keep,
     lanes_in,
     load,
@@ -81,6 +83,7 @@ _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
 # Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
 _TILE, _ROWS = 2048, 128
+_NARROW = 512  # columns of a panel of which four rows fit into the first-level cache, twice
 # Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
 # the address waits for it.
 _APART = 80
@@ -113,6 +116,11 @@ def _cached(decorate: Callable[..., Any]) -> Any:
 
 def _jit(function: Callable[..., Any]) -> Any:
     return _cached(lambda cache: numba.njit(cache=cache, **_OPTIONS)(function))
+
+
+def _inlined(function: Callable[..., Any]) -> Any:
+    """Compiled into each caller, for the constants it is called with."""
+    return _cached(lambda cache: numba.njit(cache=cache, forceinline=True, **_OPTIONS)(function))
 
 
 @intrinsic
@@ -160,31 +168,34 @@ def _merged(count, mean, m2, other, other_mean, other_m2):
 
 
 @_jit
-def _merge(count, first, other, second):
-    """The same for mean and m2 of every channel, to ``first``."""
-    for c in range(first.shape[1]):
-        first[0, c], first[1, c] = _merged(
-            count, first[0, c], first[1, c], other, second[0, c], second[1, c]
-        )
+def _merge(count, mean, m2, other, other_mean, other_m2):
+    """The same for all channels, in place."""
+    for c in range(mean.size):
+        mean[c], m2[c] = _merged(count, mean[c], m2[c], other, other_mean[c], other_m2[c])
 
 
 @_jit
 def _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var):
     """Mean, m2 and inv_std of channels c0 .. c1, rounded; move the running statistics, if any."""
-    for c in range(c0, c1):  # below 0 by rounding, in a channel of equal values
-        stats[0, c], stats[1, c] = out[0, c], 0.0 if out[1, c] < 0 else out[1, c]
-    for c in range(c0, c1):
-        stats[2, c] = 1 / np.sqrt(stats[1, c] / np.float64(count) + eps)
+    mean, m2, inv_std = stats[0, c0:c1], stats[1, c0:c1], stats[2, c0:c1]
+    first, second = out[0, c0:c1], out[1, c0:c1]
+    for c in range(mean.size):  # below 0 by rounding, in a channel of equal values
+        mean[c], m2[c] = first[c], 0.0 if second[c] < 0 else second[c]
+    for c in range(mean.size):
+        inv_std[c] = 1 / np.sqrt(m2[c] / np.float64(count) + eps)
     if running_mean.size:
-        for c in range(c0, c1):
-            running_mean[c] += momentum * (stats[0, c] - running_mean[c])
-            running_var[c] += momentum * (stats[1, c] / np.float64(count - 1) - running_var[c])
+        average, variance = running_mean[c0:c1], running_var[c0:c1]
+        for c in range(mean.size):
+            average[c] += momentum * (mean[c] - average[c])
+            variance[c] += momentum * (m2[c] / np.float64(count - 1) - variance[c])
 
 
 @_jit
 def _add_up(c0, c1, out, inv_std, sums):
-    for c in range(c0, c1):
-        sums[0, c], sums[1, c] = out[0, c], out[1, c] * inv_std[c]
+    first, second, scale = out[0, c0:c1], out[1, c0:c1], inv_std[c0:c1]
+    sum_dy, sum_dy_x_hat = sums[0, c0:c1], sums[1, c0:c1]
+    for c in range(scale.size):
+        sum_dy[c], sum_dy_x_hat[c] = first[c], second[c] * scale[c]
 
 
 @_jit
@@ -383,28 +394,58 @@ def _per_column(values, k0, k1):
     return out
 
 
+@_inlined
+def _panel_rows(x, near, s, q, at, columns, size, rows):
+    """Add d and d² of some rows to the sums of their columns, and ask for the rows that follow.
+
+    Those are asked for in the order of memory: what fetches ahead of itself in a processor follows
+    one stream much better than several.
+    """
+    none, width = spread(x, 0.0), lanes_in(x)
+    for k in range(0, size, width):
+        left = size - k
+        middle = load(near, k, left, none)
+        sum_d, sum_d2 = load(s, k, left, none), load(q, k, left, none)
+        for j in range(rows):
+            ahead = at + rows * (columns + k) + j * width
+            if rows == 4:
+                fetch(x, ahead)
+            elif rows == 8:
+                fetch_far(x, ahead)
+            d = load(x, at + j * columns + k, left, none) - middle
+            sum_d, sum_d2 = sum_d + d, sum_d2 + d * d
+        store(s, k, left, sum_d)
+        store(q, k, left, sum_d2)
+
+
 @_jit
 def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
     """Mean and m2 of the channels of columns k0 .. k1 of rows r0 .. r1, to ``out[:, c]``."""
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     near, s, q = np.empty((3, size + _APART), like.dtype)
     mean, m2 = np.zeros((2, size))
-    r, end = r0, min(r0 + 8, r1)
-    eighth = spread(x, 1 / (end - r))
+    first = min(r0 + 8, r1)
+    part = spread(x, 1 / (first - r0))
     for k in range(0, size, width):
-        first = none
-        for i in range(r, end):
-            first = first + load(x, i * columns + k0 + k, size - k, none) * eighth
-        store(near, k, size - k, first)
+        v = none
+        for i in range(r0, first):
+            v = v + load(x, i * columns + k0 + k, size - k, none) * part
+        store(near, k, size - k, v)
+    r, end = r0, min(r0 + 32, r1)
     while r < r1:
         s[:], q[:] = 0, 0
-        for i in range(r, end):
-            at = i * columns + k0
-            for k in range(0, size, width):
-                left = size - k
-                d = load(x, at + k, left, none) - load(near, k, left, none)
-                store(s, k, left, load(s, k, left, none) + d)
-                store(q, k, left, load(q, k, left, none) + d * d)
+        i = r
+        if size <= _NARROW:
+            while i + 4 <= end:
+                _panel_rows(x, near, s, q, i * columns + k0, columns, size, 4)
+                i += 4
+        else:
+            while i + 8 <= end:
+                _panel_rows(x, near, s, q, i * columns + k0, columns, size, 8)
+                i += 8
+        while i < end:
+            _panel_rows(x, near, s, q, i * columns + k0, columns, size, 1)
+            i += 1
         part = np.float64(end - r)
         before, share = np.float64(r - r0), 1 / part
         for k in range(size):
@@ -415,12 +456,11 @@ def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
         for k in range(size):
             near[k] = mean[k]
         r, end = end, min(end + min(3 * (end - r0), _ROWS), r1)
-    rows = r1 - r0
-    for c in range(k0, min(k1, channels)):
-        out[0, c], out[1, c] = mean[c - k0], m2[c - k0]
-        for j in range(1, size // channels):
-            k = c + j * channels
-            out[0, c], out[1, c] = _merged(j * rows, out[0, c], out[1, c], rows, mean[k], m2[k])
+    first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
+    first[:], second[:] = mean[: first.size], m2[: first.size]
+    for j in range(channels, size, channels):  # further positions in a row
+        before = np.float64(j // channels * (r1 - r0))
+        _merge(before, first, second, np.float64(r1 - r0), mean[j:], m2[j:])
 
 
 @_jit
@@ -451,28 +491,61 @@ def _panel_normalize(x, residual, y, mask, columns, weight, bias, stats, floor, 
                 before = last >> (width - (at & 7))
 
 
+@_inlined
+def _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, rows):
+    """The same for sums of dy and of dy (x - mean)."""
+    none, width = spread(x, 0.0), lanes_in(x)
+    for k in range(0, size, width):
+        left = size - k
+        middle = load(middles, k, left, none)
+        sum_g, sum_gd = load(s, k, left, none), load(q, k, left, none)
+        for j in range(rows):
+            ahead = at + rows * (columns + k) + j * width
+            if rows == 4:
+                fetch(dy, ahead)
+                fetch(x, ahead)
+            elif rows == 8:
+                fetch_far(dy, ahead)
+                fetch_far(x, ahead)
+            i = at + j * columns + k
+            g = load(dy, i, left, none)
+            if mask is not None:
+                g = keep(_read_bits(mask, i), g)
+            sum_g = sum_g + g
+            sum_gd = sum_gd + g * (load(x, i, left, none) - middle)
+        store(s, k, left, sum_g)
+        store(q, k, left, sum_gd)
+
+
 @_jit
 def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, out):
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     middles = _per_column(mean, k0, k1)
     s, q = np.empty((2, size + _APART), mean.dtype)
-    out[:, k0 : min(k1, channels)] = 0
+    first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
+    first[:], second[:] = 0, 0
     for r in range(r0, r1, _ROWS):
         s[:], q[:] = 0, 0
-        for i in range(r, min(r + _ROWS, r1)):
+        i, end = r, min(r + _ROWS, r1)
+        shared = (columns, size)
+        if size <= _NARROW // 2:
+            while i + 4 <= end:
+                at = i * columns + k0
+                _panel_gradient_rows(dy, x, mask, middles, s, q, at, *shared, 4)
+                i += 4
+        else:
+            while i + 8 <= end:
+                at = i * columns + k0
+                _panel_gradient_rows(dy, x, mask, middles, s, q, at, *shared, 8)
+                i += 8
+        while i < end:
             at = i * columns + k0
-            for k in range(0, size, width):
-                left = size - k
-                g = load(dy, at + k, left, none)
-                if mask is not None:
-                    g = keep(_read_bits(mask, at + k), g)
-                d = load(x, at + k, left, none) - load(middles, k, left, none)
-                store(s, k, left, load(s, k, left, none) + g)
-                store(q, k, left, load(q, k, left, none) + g * d)
+            _panel_gradient_rows(dy, x, mask, middles, s, q, at, *shared, 1)
+            i += 1
         for j in range(0, size, channels):
-            for k in range(j, min(j + channels, size)):
-                out[0, k0 + k - j] += s[k]
-                out[1, k0 + k - j] += q[k]
+            for c in range(first.size):
+                first[c] += s[j + c]
+                second[c] += q[j + c]
 
 
 @_jit
@@ -584,7 +657,8 @@ def _forward_kernel(stored, number):
                 before = np.float64(_cut(0, splits, rows, unit)[1] * size)
                 for s in range(1, splits):
                     r0, r1 = _cut(s, splits, rows, unit)
-                    _merge(before, partial[0], np.float64((r1 - r0) * size), partial[s])
+                    part = np.float64((r1 - r0) * size)
+                    _merge(before, partial[0, 0], partial[0, 1], part, partial[s, 0], partial[s, 1])
                     before += (r1 - r0) * size
                 _finish(
                     0, channels, count, partial[0], eps, momentum, stats, running_mean, running_var
@@ -813,11 +887,13 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
         return _Plan(False, blocks, splits, samples, channels, size, copy)
     copy = not like.movedim(1, -1).is_contiguous()
     rows, repeat = samples * size, 1
-    while channels and 2 * repeat * channels <= 512 and rows % (16 * repeat) == 0:
+    while channels and 2 * repeat * channels <= 256 and rows % (16 * repeat) == 0:
         repeat *= 2
     rows //= repeat
     blocks = -(-channels // _WIDE) if channels % 8 == 0 else 1  # a block's bits begin with a byte
-    splits = max(1, min(-(-rows // 8), 64, rows * (channels * repeat // blocks) >> 17))
+    elements = rows * (channels * repeat // blocks)
+    splits = min(rows >> 6, max(min(8, elements >> 15), min(64, elements >> 17)))
+    splits = 1 << max(splits.bit_length() - 1, 0)  # evenly among two threads, or four
     return _Plan(True, blocks, splits, rows, channels, repeat, copy)
 
 

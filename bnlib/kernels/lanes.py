@@ -185,6 +185,30 @@ def stream(typingctx, array, i, v):
     return types.void(array, types.int64, v), generate
 
 
+def _fetching(locality):
+    @intrinsic
+    def fetch(typingctx, array, i):
+        def generate(context, builder, signature, arguments):
+            pointer = _pointer(context, builder, array, *arguments, ir.IntType(8))
+            function = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(ir.VoidType(), [pointer.type, *[ir.IntType(32)] * 3]),
+                "llvm.prefetch.p0",
+            )
+            how = [ir.IntType(32)(n) for n in (0, locality, 1)]  # to read, data
+            builder.call(function, [pointer, *how])
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64), generate
+
+    return fetch
+
+
+# Ask for the cache line of array[i], which may lie beyond the end, into the first or the second
+# level.
+fetch, fetch_far = _fetching(3), _fetching(2)
+
+
 @intrinsic
 def settle(typingctx):
     """Wait until what was streamed can be seen by other threads."""
