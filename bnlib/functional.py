@@ -489,7 +489,7 @@ def _torch_is_as_good(
     on the batch: it is one pass there too, and starts sooner. Outputs of 32 MB and more go faster
     on the huge pages of our kernels (book/data/cpu.csv).
     """
-    small = x.device.type != "cpu" or x.nbytes < 1 << 25
+    small = not x.is_cpu or x.nbytes < 1 << 25
     return (
         small
         and residual is None
@@ -601,7 +601,7 @@ def _kernels(x: Tensor, backend: str) -> ModuleType:
     if backend == "reference" or x.numel() == 0:
         return reference
     if backend == "auto":
-        name = {"cpu": "cpu", "cuda": "gpu"}.get(x.device.type)
+        name = "cpu" if x.is_cpu else "gpu" if x.is_cuda else None
         kernels = None if name is None else _load(name)
         return kernels if kernels is not None and kernels.supports(x) else reference
     kernels = _module(backend)

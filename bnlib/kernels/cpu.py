@@ -26,17 +26,17 @@ import ctypes
 import functools
 import math
 import os
+import platform
 import struct
 import sys
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -94,7 +94,7 @@ def supports(x: Tensor) -> bool:
     """Return whether these kernels take ``x``: a plain CPU tensor of one of four dtypes."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in _STORED
         and x.layout == torch.strided
     )
@@ -124,13 +124,35 @@ def _inlined(function: Callable[..., Any]) -> Any:
 
 
 @intrinsic
-def _take(typingctx, pointer):
-    """Add 1 to the number at ``pointer``, all threads in turn, and return what it was."""
+def _take(typingctx, pointer, i):
+    """Add 1 to pointer[i], all threads in turn, and return what it was."""
 
     def add(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+        at = builder.gep(args[0], [args[1]])
+        return builder.atomic_rmw("add", at, ir.IntType(64)(1), "acq_rel")
 
-    return types.int64(pointer), add
+    return types.int64(pointer, types.int64), add
+
+
+@intrinsic
+def _wait_for(typingctx, pointer, i):
+    """Wait until another thread has made pointer[i] something else than 0."""
+
+    def wait(context, builder, signature, args):
+        at = builder.gep(args[0], [args[1]])
+        loop, after = builder.append_basic_block("wait"), builder.append_basic_block("after")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        if platform.machine() in ("x86_64", "AMD64"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            pause = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
+            builder.call(pause, [])
+        value = builder.load_atomic(at, "acquire", 8)
+        builder.cbranch(builder.icmp_signed("==", value, ir.IntType(64)(0)), loop, after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), wait
 
 
 @intrinsic
@@ -175,9 +197,9 @@ def _merge(count, mean, m2, other, other_mean, other_m2):
 
 
 @_jit
-def _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var):
+def _finish(c0, c1, count, out, eps, momentum, mean, m2, inv_std, running_mean, running_var):
     """Mean, m2 and inv_std of channels c0 .. c1, rounded; move the running statistics, if any."""
-    mean, m2, inv_std = stats[0, c0:c1], stats[1, c0:c1], stats[2, c0:c1]
+    mean, m2, inv_std = mean[c0:c1], m2[c0:c1], inv_std[c0:c1]
     first, second = out[0, c0:c1], out[1, c0:c1]
     for c in range(mean.size):  # below 0 by rounding, in a channel of equal values
         mean[c], m2[c] = first[c], 0.0 if second[c] < 0 else second[c]
@@ -191,19 +213,19 @@ def _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
 
 
 @_jit
-def _add_up(c0, c1, out, inv_std, sums):
+def _add_up(c0, c1, out, inv_std, sum_dy, sum_dy_x_hat):
     first, second, scale = out[0, c0:c1], out[1, c0:c1], inv_std[c0:c1]
-    sum_dy, sum_dy_x_hat = sums[0, c0:c1], sums[1, c0:c1]
+    sum_dy, sum_dy_x_hat = sum_dy[c0:c1], sum_dy_x_hat[c0:c1]
     for c in range(scale.size):
         sum_dy[c], sum_dy_x_hat[c] = first[c], second[c] * scale[c]
 
 
 @_jit
-def _coefficients(c, weight, inv_std, sums, count):
+def _coefficients(c, weight, inv_std, sum_dy, sum_dy_x_hat, count):
     """dx = a dy + b (x - mean) + c of one channel."""
     factor = np.float64(inv_std[c])
     a = weight[c] * factor
-    return a, -a * factor * sums[1, c] / count, -a * sums[0, c] / count
+    return a, -a * factor * sum_dy_x_hat[c] / count, -a * sum_dy[c] / count
 
 
 @_jit
@@ -293,7 +315,7 @@ def _rows_moments(x, like, channels, size, c0, c1, n0, n1, out):
 
 @_jit
 def _rows_normalize(
-    x, residual, y, mask, channels, size, weight, bias, stats, floor, c0, c1, n0, n1
+    x, residual, y, mask, channels, size, weight, bias, mean, inv_std, floor, c0, c1, n0, n1
 ):
     none, width = spread(x, 0.0), lanes_in(x)
     floor = spread(x, floor)
@@ -301,14 +323,14 @@ def _rows_normalize(
     past = _streams(y, size)
     for n in range(n0, n1):
         for c in range(c0, c1):
-            mean, shift = spread(x, stats[0, c]), spread(x, bias[c])
-            scale = spread(x, stats[2, c] * weight[c])
+            middle, shift = spread(x, mean[c]), spread(x, bias[c])
+            scale = spread(x, inv_std[c] * weight[c])
             at = (n * channels + c) * size
             if mask is not None:
                 bit, end = c * bits + n * size, (c * bits + n1 * size + 7) >> 3
                 before = _bits_before(mask, bit)
             for i in range(0, size, width):
-                v = (load(x, at + i, size - i, none) - mean) * scale + shift
+                v = (load(x, at + i, size - i, none) - middle) * scale + shift
                 if residual is not None:
                     v = v + load(residual, at + i, size - i, none)
                 v = as_stored(y, at_least(v, floor))
@@ -354,14 +376,15 @@ def _rows_gradient_sums(dy, x, mask, channels, size, mean, c0, c1, n0, n1, out):
 
 @_jit
 def _rows_gradient(
-    dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count, c0, c1, n0, n1
-):
+    dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
+    c0, c1, n0, n1,
+):  # fmt: skip
     none, width = spread(x, 0.0), lanes_in(x)
     bits = 0 if mask is None else mask.size // channels * 8
     past = _streams(dx, size) and (masked_dy is None or _streams(masked_dy, size))
     for n in range(n0, n1):
         for ch in range(c0, c1):
-            a, b, c = _coefficients(ch, weight, inv_std, sums, count)
+            a, b, c = _coefficients(ch, weight, inv_std, sum_dy, sum_dy_x_hat, count)
             a, b, c, middle = spread(x, a), spread(x, b), spread(x, c), spread(x, mean[ch])
             at = (n * channels + ch) * size
             for i in range(0, size, width):
@@ -464,20 +487,22 @@ def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
 
 
 @_jit
-def _panel_normalize(x, residual, y, mask, columns, weight, bias, stats, floor, k0, k1, r0, r1):
+def _panel_normalize(
+    x, residual, y, mask, columns, weight, bias, mean, inv_std, floor, k0, k1, r0, r1
+):
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     floor = spread(x, floor)
-    means, shifts = _per_column(stats[0], k0, k1), _per_column(bias, k0, k1)
-    scales = _per_column(stats[2] * weight, k0, k1)
+    middles, shifts = _per_column(mean, k0, k1), _per_column(bias, k0, k1)
+    scales = _per_column(inv_std * weight, k0, k1)
     past = _streams(y, columns)
     for r in range(r0, r1):
         at, end = r * columns + k0, (r * columns + k1 + 7) >> 3
         if mask is not None:
             before = _bits_before(mask, at)
         for k in range(0, size, width):
-            mean, shift = load(means, k, size - k, none), load(shifts, k, size - k, none)
+            middle, shift = load(middles, k, size - k, none), load(shifts, k, size - k, none)
             scale = load(scales, k, size - k, none)
-            v = (load(x, at + k, size - k, none) - mean) * scale + shift
+            v = (load(x, at + k, size - k, none) - middle) * scale + shift
             if residual is not None:
                 v = v + load(residual, at + k, size - k, none)
             v = as_stored(y, at_least(v, floor))
@@ -519,7 +544,7 @@ def _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, rows):
 
 @_jit
 def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, out):
-    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
+    size = k1 - k0
     middles = _per_column(mean, k0, k1)
     s, q = np.empty((2, size + _APART), mean.dtype)
     first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
@@ -550,13 +575,14 @@ def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, o
 
 @_jit
 def _panel_gradient(
-    dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sums, count, k0, k1, r0, r1
-):
+    dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
+    k0, k1, r0, r1,
+):  # fmt: skip
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     factors = np.empty((3, mean.size), mean.dtype)
     for ch in range(mean.size):
         factors[0, ch], factors[1, ch], factors[2, ch] = _coefficients(
-            ch, weight, inv_std, sums, count
+            ch, weight, inv_std, sum_dy, sum_dy_x_hat, count
         )
     all_a, all_b = _per_column(factors[0], k0, k1), _per_column(factors[1], k0, k1)
     all_c, middles = _per_column(factors[2], k0, k1), _per_column(mean, k0, k1)
@@ -586,16 +612,14 @@ def _panel_gradient(
 
 @_jit
 def _normalize(
-    panel, x, residual, y, mask, channels, size, weight, bias, stats, floor, c0, c1, k1, r0, r1
-):
+    panel, x, residual, y, mask, channels, size, weight, bias, mean, inv_std, floor,
+    c0, c1, k1, r0, r1,
+):  # fmt: skip
+    rest = (weight, bias, mean, inv_std, floor, c0)
     if panel:
-        _panel_normalize(
-            x, residual, y, mask, channels * size, weight, bias, stats, floor, c0, k1, r0, r1
-        )
+        _panel_normalize(x, residual, y, mask, channels * size, *rest, k1, r0, r1)
     else:
-        _rows_normalize(
-            x, residual, y, mask, channels, size, weight, bias, stats, floor, c0, c1, r0, r1
-        )
+        _rows_normalize(x, residual, y, mask, channels, size, *rest, c1, r0, r1)
 
 
 @_jit
@@ -608,84 +632,90 @@ def _gradient_sums(panel, dy, x, mask, channels, size, mean, c0, c1, k1, r0, r1,
 
 @_jit
 def _gradient(
-    panel, dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count,
-    c0, c1, k1, r0, r1,
+    panel, dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat,
+    count, c0, c1, k1, r0, r1,
 ):  # fmt: skip
+    rest = (weight, mean, inv_std, sum_dy, sum_dy_x_hat, count, c0)
     if panel:
-        _panel_gradient(
-            dy, x, dx, masked_dy, mask, channels * size, weight, mean, inv_std, sums, count,
-            c0, k1, r0, r1,
-        )  # fmt: skip
+        _panel_gradient(dy, x, dx, masked_dy, mask, channels * size, *rest, k1, r0, r1)
     else:
-        _rows_gradient(
-            dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sums, count,
-            c0, c1, r0, r1,
-        )  # fmt: skip
+        _rows_gradient(dy, x, dx, masked_dy, mask, channels, size, *rest, c1, r0, r1)
 
 
-# A kernel is a C function of one array of integers: the number of the next task, which every thread
-# that runs the kernel draws from, then flags, lengths and addresses. It takes the steps that it is
-# told to: tasks that measure, which apply at once what has been measured of all rows; the merging
-# of what the tasks have measured, on one thread; tasks that apply.
+# A kernel is a C function of one array of integers, for as many threads as like to run it: first
+# numbers that the threads share, then what to do, lengths and addresses. The threads draw the tasks
+# that measure, the one that has done the last of them merges what they found, and they draw the
+# tasks that apply. Nobody waits for a thread that has not begun a task. Where one task measures all
+# values of its channels, it applies at once what it found.
 
-_MEASURE, _MERGE, _APPLY = 1, 2, 4
+_MEASURED, _DONE, _MERGED, _APPLIED = range(4)  # tasks drawn, tasks done, whether merged, drawn
+_MEASURE, _APPLY = 1, 2
 
 
 def _forward_kernel(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        steps, panel, blocks, splits = a[1], a[2] != 0, a[3], a[4]
-        rows, channels, size = a[5], a[6], a[7]
+        measure, apply = a[4] & _MEASURE != 0, a[4] & _APPLY != 0
+        panel, blocks, splits = a[5] != 0, a[6], a[7]
+        rows, channels, size = a[8], a[9], a[10]
         elements, count, columns = rows * channels * size, rows * size, channels * size
-        x = numba.carray(_pointer(a[8], stored), elements)
-        mask = numba.carray(_pointer(a[9], numba.uint8), a[10])
-        weight = numba.carray(_pointer(a[11], number), channels)
-        stats = numba.carray(_pointer(a[12], number), (3, channels))
-        partial = numba.carray(_pointer(a[13], numba.float64), (splits, 2, channels))
-        y = numba.carray(_pointer(a[14], stored), elements)
-        residual = numba.carray(_pointer(a[15], stored), elements if a[15] else 0)
-        bias = numba.carray(_pointer(a[16], number), channels)
-        running_mean = numba.carray(_pointer(a[17], number), channels if a[17] else 0)
-        running_var = numba.carray(_pointer(a[18], number), channels if a[18] else 0)
-        eps, momentum, floor = _real(a[19]), _real(a[20]), _real(a[21])
-        at_once = steps == _MEASURE | _APPLY
+        partial = numba.carray(_pointer(a[11], numba.float64), (splits, 2, channels))
+        x = numba.carray(_pointer(a[12], stored), elements)
+        mask = numba.carray(_pointer(a[13], numba.uint8), a[14])
+        weight = numba.carray(_pointer(a[15], number), channels)
+        mean = numba.carray(_pointer(a[16], number), channels)
+        inv_std = numba.carray(_pointer(a[17], number), channels)
+        y = numba.carray(_pointer(a[18], stored), elements)
+        residual = numba.carray(_pointer(a[19], stored), elements if a[19] else 0)
+        bias = numba.carray(_pointer(a[20], number), channels)
+        m2 = numba.carray(_pointer(a[21], number), channels)
+        running_mean = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
+        running_var = numba.carray(_pointer(a[23], number), channels if a[23] else 0)
+        eps, momentum, floor = _real(a[24]), _real(a[25]), _real(a[26])
+        statistics = (eps, momentum, mean, m2, inv_std, running_mean, running_var)
+        tasks, at_once = blocks * splits, splits == 1
         wide, unit = (16, 8) if panel else (1, 1)
-        for step in (_MEASURE, _MERGE, _APPLY):
-            if not steps & step:
+        tasks, at_once = blocks * splits, measure and apply and splits == 1
+        wide, unit = (16, 8) if panel else (1, 1)
+        for phase in (_MEASURED, _APPLIED):
+            if (phase == _MEASURED and not measure) or (
+                phase == _APPLIED and (at_once or not apply)
+            ):
                 continue
-            if step == _MERGE:
-                before = np.float64(_cut(0, splits, rows, unit)[1] * size)
-                for s in range(1, splits):
-                    r0, r1 = _cut(s, splits, rows, unit)
-                    part = np.float64((r1 - r0) * size)
-                    _merge(before, partial[0, 0], partial[0, 1], part, partial[s, 0], partial[s, 1])
-                    before += (r1 - r0) * size
-                _finish(
-                    0, channels, count, partial[0], eps, momentum, stats, running_mean, running_var
-                )
-                a[0] = 0
-                continue
-            if step == _APPLY and mask.size:
-                unit = 8  # so that no two tasks share a byte
+            if phase == _APPLIED:
+                if measure and splits > 1:
+                    _wait_for(p, _MERGED)
+                if mask.size:
+                    unit = 8  # so that no two tasks share a byte
             while True:
-                task = _take(p)
-                if task >= blocks * splits:
+                task = _take(p, phase)
+                if task >= tasks:
                     break
-                if step == _APPLY:  # what was read last may still be in the cache
-                    task = blocks * splits - 1 - task
+                if phase == _APPLIED:  # what was read last may still be in the cache
+                    task = tasks - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
                 r0, r1 = _cut(task % splits, splits, rows, unit)
                 k1 = columns if blocks == 1 else c1
-                if step == _MEASURE:
+                if phase == _MEASURED:
                     out = partial[task % splits]
                     if panel:
                         _panel_moments(x, weight, channels, columns, c0, k1, r0, r1, out)
                     else:
                         _rows_moments(x, weight, channels, size, c0, c1, r0, r1, out)
                     if splits == 1:
-                        _finish(c0, c1, count, out, eps, momentum, stats, running_mean, running_var)
-                if step == _APPLY or at_once:
-                    rest = (channels, size, weight, bias, stats, floor, c0, c1, k1, r0, r1)
+                        _finish(c0, c1, count, out, *statistics)
+                    elif _take(p, _DONE) == tasks - 1:
+                        before = np.float64(_cut(0, splits, rows, unit)[1] * size)
+                        first = partial[0]
+                        for s in range(1, splits):
+                            r0, r1 = _cut(s, splits, rows, unit)
+                            part = np.float64((r1 - r0) * size)
+                            _merge(before, first[0], first[1], part, partial[s, 0], partial[s, 1])
+                            before += part
+                        _finish(0, channels, count, first, *statistics)
+                        _take(p, _MERGED)
+                if phase == _APPLIED or at_once:
+                    rest = (channels, size, weight, bias, mean, inv_std, floor, c0, c1, k1, r0, r1)
                     if residual.size and mask.size:
                         _normalize(panel, x, residual, y, mask, *rest)
                     elif residual.size:
@@ -695,8 +725,6 @@ def _forward_kernel(stored, number):
                     else:
                         _normalize(panel, x, None, y, None, *rest)
             settle()
-            if at_once:
-                break
 
     return kernel
 
@@ -704,41 +732,41 @@ def _forward_kernel(stored, number):
 def _backward_kernel(stored, number):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
-        steps, panel, blocks, splits = a[1], a[2] != 0, a[3], a[4]
-        rows, channels, size = a[5], a[6], a[7]
+        measure, apply = a[4] & _MEASURE != 0, a[4] & _APPLY != 0
+        panel, blocks, splits = a[5] != 0, a[6], a[7]
+        rows, channels, size = a[8], a[9], a[10]
         elements, columns = rows * channels * size, channels * size
-        x = numba.carray(_pointer(a[8], stored), elements)
-        mask = numba.carray(_pointer(a[9], numba.uint8), a[10])
-        weight = numba.carray(_pointer(a[11], number), channels)
-        sums = numba.carray(_pointer(a[12], number), (2, channels))
-        partial = numba.carray(_pointer(a[13], numba.float64), (splits, 2, channels))
-        dx = numba.carray(_pointer(a[14], stored), elements)
-        dy = numba.carray(_pointer(a[15], stored), elements)
-        masked_dy = numba.carray(_pointer(a[16], stored), elements if a[16] else 0)
-        mean = numba.carray(_pointer(a[17], number), channels)
-        inv_std = numba.carray(_pointer(a[18], number), channels)
-        count = a[19]
-        at_once = steps == _MEASURE | _APPLY
+        partial = numba.carray(_pointer(a[11], numba.float64), (splits, 2, channels))
+        x = numba.carray(_pointer(a[12], stored), elements)
+        mask = numba.carray(_pointer(a[13], numba.uint8), a[14])
+        weight = numba.carray(_pointer(a[15], number), channels)
+        mean = numba.carray(_pointer(a[16], number), channels)
+        inv_std = numba.carray(_pointer(a[17], number), channels)
+        dx = numba.carray(_pointer(a[18], stored), elements)
+        dy = numba.carray(_pointer(a[19], stored), elements)
+        masked_dy = numba.carray(_pointer(a[20], stored), elements if a[20] else 0)
+        sum_dy = numba.carray(_pointer(a[21], number), channels)
+        sum_dy_x_hat = numba.carray(_pointer(a[22], number), channels)
+        count = a[23]
+        tasks, at_once = blocks * splits, measure and apply and splits == 1
         wide, unit = (16, 8) if panel else (1, 1)
-        for step in (_MEASURE, _MERGE, _APPLY):
-            if not steps & step:
+        for phase in (_MEASURED, _APPLIED):
+            if (phase == _MEASURED and not measure) or (
+                phase == _APPLIED and (at_once or not apply)
+            ):
                 continue
-            if step == _MERGE:
-                for i in range(1, splits):
-                    partial[0] += partial[i]
-                _add_up(0, channels, partial[0], inv_std, sums)
-                a[0] = 0
-                continue
+            if phase == _APPLIED and measure and splits > 1:
+                _wait_for(p, _MERGED)
             while True:
-                task = _take(p)
-                if task >= blocks * splits:
+                task = _take(p, phase)
+                if task >= tasks:
                     break
-                if step == _APPLY:  # what was read last may still be in the cache
-                    task = blocks * splits - 1 - task
+                if phase == _APPLIED:  # what was read last may still be in the cache
+                    task = tasks - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
                 r0, r1 = _cut(task % splits, splits, rows, unit)
                 k1 = columns if blocks == 1 else c1
-                if step == _MEASURE:
+                if phase == _MEASURED:
                     out = partial[task % splits]
                     rest = (channels, size, mean, c0, c1, k1, r0, r1, out)
                     if mask.size:
@@ -746,10 +774,16 @@ def _backward_kernel(stored, number):
                     else:
                         _gradient_sums(panel, dy, x, None, *rest)
                     if splits == 1:
-                        _add_up(c0, c1, out, inv_std, sums)
-                if step == _APPLY or at_once:
+                        _add_up(c0, c1, out, inv_std, sum_dy, sum_dy_x_hat)
+                    elif _take(p, _DONE) == tasks - 1:
+                        for i in range(1, splits):
+                            partial[0] += partial[i]
+                        _add_up(0, channels, partial[0], inv_std, sum_dy, sum_dy_x_hat)
+                        _take(p, _MERGED)
+                if phase == _APPLIED or at_once:
                     rest = (
-                        channels, size, weight, mean, inv_std, sums, count, c0, c1, k1, r0, r1
+                        channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
+                        c0, c1, k1, r0, r1,
                     )  # fmt: skip
                     if masked_dy.size:
                         _gradient(panel, dy, x, dx, masked_dy, mask, *rest)
@@ -758,15 +792,13 @@ def _backward_kernel(stored, number):
                     else:
                         _gradient(panel, dy, x, dx, None, None, *rest)
             settle()
-            if at_once:
-                break
 
     return kernel
 
 
 # --- threads --------------------------------------------------------------------------------------
 
-_ARGUMENTS = 22  # at most
+_ARGUMENTS = 27  # at most
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -816,45 +848,46 @@ def _own_threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "bnlib")
 
 
-def _start(make: Callable[..., Any], x: Tensor, numbers: Iterable[int], tasks: int) -> None:
-    """Run the steps of a kernel, with as many threads as torch uses."""
-    _, address, call = _compiled(make, x.dtype)
-    arguments = array.array("q", numbers)
-    pointer = arguments.buffer_info()[0]
-    threads = 1 if _after_fork or x.numel() < _SERIAL_BELOW else torch.get_num_threads()
-    threads = min(threads, tasks)
+# Memory in which the tasks of one call meet: its size, its address, and what keeps it.
+_spare: list[tuple[int, int, np.ndarray[Any, Any]]] = []
+
+
+def _borrow(size: int) -> tuple[int, int, np.ndarray[Any, Any]]:
+    """``size`` float64 numbers or more, to go back to ``_spare``."""
+    try:
+        memory = _spare.pop()
+        if memory[0] >= size:
+            return memory
+    except IndexError:  # the first call, or other threads have them all
+        pass
+    numbers = np.empty(size)
+    return size, numbers.ctypes.data, numbers
+
+
+def _run(
+    make: Callable[..., Any],
+    plan: _Plan,
+    dtype: torch.dtype,
+    steps: int,
+    arguments: tuple[int, ...],
+) -> None:
+    """Run a kernel with as many threads as torch uses."""
+    _, address, call = _compiled(make, dtype)
+    memory = _borrow(2 * plan.splits * plan.channels)
+    numbers = array.array("q", (0, 0, 0, 0, steps, *plan[:6], memory[1], *arguments))
+    pointer = numbers.buffer_info()[0]
+    tasks = plan.tasks
+    threads = 1 if tasks == 1 or _after_fork else min(torch.get_num_threads(), tasks)
     if threads == 1:
         call(pointer)
-        return
-    steps = arguments[1]
-    for step in (steps,) if steps == _MEASURE | _APPLY else (_MEASURE, _MERGE, _APPLY):
-        arguments[0], arguments[1] = 0, steps & step
-        if step == _MERGE:
-            call(pointer)
-        elif _openmp is not None:
-            _openmp(address, pointer, threads, 0)
-        else:
-            others = [_own_threads().submit(call, pointer) for _ in range(threads - 1)]
-            call(pointer)
-            for other in others:
-                other.result()
-
-
-class _Scratch(threading.local):
-    """Memory in which the tasks of one call meet; every caller's thread has its own."""
-
-    numbers = np.empty(0)
-    address = 0
-
-    def at_least(self, size: int) -> int:
-        """Return the address of ``size`` float64 numbers."""
-        if self.numbers.size < size:
-            self.numbers = np.empty(size)
-            self.address = self.numbers.ctypes.data
-        return self.address
-
-
-_scratch = _Scratch()
+    elif _openmp is not None:
+        _openmp(address, pointer, threads, 0)
+    else:
+        others = [_own_threads().submit(call, pointer) for _ in range(threads - 1)]
+        call(pointer)
+        for other in others:
+            other.result()
+    _spare.append(memory)
 
 
 # --- what torch sees ------------------------------------------------------------------------------
@@ -872,6 +905,7 @@ class _Plan(NamedTuple):
     channels: int
     size: int  # neighbours of one channel, or positions in one row of the panel
     copy: bool  # must be laid out first
+    tasks: int  # for at most so many threads
 
 
 @functools.lru_cache(maxsize=4096)
@@ -884,7 +918,8 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
         blocks = max(1, min(channels, max(16, samples * channels * size >> 17)))
         splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
         copy = not like.is_contiguous()
-        return _Plan(False, blocks, splits, samples, channels, size, copy)
+        tasks = 1 if samples * channels * size < _SERIAL_BELOW else blocks * splits
+        return _Plan(False, blocks, splits, samples, channels, size, copy, tasks)
     copy = not like.movedim(1, -1).is_contiguous()
     rows, repeat = samples * size, 1
     while channels and 2 * repeat * channels <= 256 and rows % (16 * repeat) == 0:
@@ -894,7 +929,8 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
     elements = rows * (channels * repeat // blocks)
     splits = min(rows >> 6, max(min(8, elements >> 15), min(64, elements >> 17)))
     splits = 1 << max(splits.bit_length() - 1, 0)  # evenly among two threads, or four
-    return _Plan(True, blocks, splits, rows, channels, repeat, copy)
+    tasks = 1 if rows * channels * repeat < _SERIAL_BELOW else blocks * splits
+    return _Plan(True, blocks, splits, rows, channels, repeat, copy, tasks)
 
 
 def _beside(t: Tensor, x: Tensor) -> Tensor:
@@ -915,13 +951,25 @@ def _checked(
     return x
 
 
-def _vector(v: Tensor | None, default: float, like: Tensor) -> Tensor:
-    """One value per channel, contiguous, of the dtype of ``like``."""
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, channels: int, dtype: torch.dtype) -> Tensor:
+    """One value for every channel; not to be written to."""
+    return torch.full((channels,), value, dtype=dtype, device="cpu")
+
+
+def _empty_vectors(count: int, x: Tensor) -> list[Tensor]:
+    like = _constant(1, x.shape[1], _number_dtype(x))
+    return [torch.empty_like(like) for _ in range(count)]
+
+
+def _vector(v: Tensor | None, default: float, x: Tensor) -> Tensor:
+    """One value per channel, contiguous, of the precision in which ``x`` is computed with."""
+    dtype = _number_dtype(x)
     if v is None:
-        return torch.full(like.shape[-1:], default, dtype=like.dtype, device=like.device)
-    if v.dtype == like.dtype and v.is_contiguous():
+        return _constant(default, x.shape[1], dtype)
+    if v.dtype == dtype and v.is_contiguous():
         return v
-    return v.detach().to(like.dtype).contiguous()
+    return v.detach().to(dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
@@ -961,58 +1009,46 @@ def _find_madvise() -> Any:
 _madvise = _find_madvise()
 
 
-def _stats(x: Tensor, mean: Tensor | None = None, inv_std: Tensor | None = None) -> Tensor:
-    """Rows mean, m2 and inv_std."""
-    stats = x.new_empty((3, x.shape[1]), dtype=_number_dtype(x))
-    if mean is not None and inv_std is not None:
-        stats[0], stats[2] = mean.detach(), inv_std.detach()
-    return stats
-
-
 def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    stats: Tensor,
+    statistics: tuple[Tensor | None, ...],
     eps: float,
     residual: Tensor | None,
     relu: bool,
     mask: Tensor | None,
-    measure: bool,
-    apply: bool,
+    steps: int,
     running: tuple[Tensor, ...] = (),
     momentum: float = 0.0,
 ) -> Tensor | None:
+    """Fill mean, m2 and inv_std, or normalise with what is there, or both."""
     plan = _plan(x.shape, x.stride())
     if plan.copy:
         x = dense(x)
-    y = _empty_like(x) if apply else None
+    y = _empty_like(x) if steps & _APPLY else None
+    mean, m2, inv_std = statistics
     if x.numel() == 0:
-        stats[:2] = 0
+        if mean is not None and m2 is not None:
+            mean.zero_(), m2.zero_()
         return y
     residual = None if residual is None else _beside(residual, x)
-    weight, bias = _vector(weight, 1, stats), _vector(bias, 0, stats)
+    weight, bias = _vector(weight, 1, x), _vector(bias, 0, x)
     arguments = (
-        0, _steps(plan, measure, apply), *plan[:6],
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), stats.data_ptr(),
-        _scratch.at_least(2 * plan.splits * plan.channels),
-        _address(y), _address(residual), bias.data_ptr(),
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), _address(mean), _address(inv_std),
+        _address(y), _address(residual), bias.data_ptr(), _address(m2),
         *([_address(r) for r in running] or (0, 0)),
         _bits_of(eps), _bits_of(momentum), _bits_of(0.0 if relu else -math.inf),
     )  # fmt: skip
-    _start(_forward_kernel, x, arguments, plan.blocks * plan.splits)
+    _run(_forward_kernel, plan, x.dtype, steps, arguments)
     return y
-
-
-def _steps(plan: _Plan, measure: bool, apply: bool) -> int:
-    merge = measure and plan.splits > 1
-    return _MEASURE * measure + _MERGE * merge + _APPLY * apply
 
 
 def _mask_of(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else (mask.data_ptr(), mask.numel())
 
 
+@functools.lru_cache(maxsize=256)
 def _bits_of(value: float) -> int:
     return int.from_bytes(struct.pack("=d", value), sys.byteorder, signed=True)
 
@@ -1024,9 +1060,9 @@ def _count(x: Tensor) -> int:
 def moments(x: Tensor, channel_axis: int = 1) -> Moments:
     """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`."""
     x = _checked(x, channel_axis)
-    stats = _stats(x)
-    _forward(x, None, None, stats, 1.0, None, False, None, True, False)
-    return Moments(_count(x), stats[0], stats[1])
+    mean, m2, inv_std = _empty_vectors(3, x)
+    _forward(x, None, None, (mean, m2, inv_std), 1.0, None, False, None, _MEASURE)
+    return Moments(_count(x), mean, m2)
 
 
 def normalize(
@@ -1055,8 +1091,8 @@ def normalize(
     check_like(x, residual=residual)
     x = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std, weight=weight, bias=bias)
     residual = None if residual is None else residual.movedim(channel_axis, 1)
-    stats = _stats(x, mean, inv_std)
-    y = _forward(x, weight, bias, stats, 0.0, residual, relu, mask, False, True)
+    statistics = (_vector(mean, 0, x), None, _vector(inv_std, 1, x))
+    y = _forward(x, weight, bias, statistics, 0.0, residual, relu, mask, _APPLY)
     assert y is not None
     return y.movedim(1, channel_axis)
 
@@ -1078,19 +1114,21 @@ def moments_and_normalize(
 
     Running statistics, if given, are moved in place by ``momentum``.
     """
-    stats = _stats(x)
-    used: tuple[Tensor, ...] = ()
+    mean, m2, inv_std = _empty_vectors(3, x)
+    given: tuple[Tensor, ...] = ()
     if running_mean is not None and running_var is not None:
-        used = _vector(running_mean, 0, stats), _vector(running_var, 0, stats)
-    y = _forward(x, weight, bias, stats, eps, residual, relu, mask, True, True, used, momentum)
+        given = running_mean, running_var
+    used = tuple(_vector(v, 0, x) for v in given)
+    y = _forward(
+        x, weight, bias, (mean, m2, inv_std), eps, residual, relu, mask, _MEASURE | _APPLY, used,
+        momentum,
+    )  # fmt: skip
     assert y is not None
-    for to, at in zip((running_mean, running_var), used, strict=False):
-        assert to is not None
+    for to, at in zip(given, used, strict=True):
         if to is not at:
             to.copy_(at)  # of another dtype, or not contiguous
         elif not to.is_inference():
             torch.autograd.graph.increment_version(to)
-    mean, m2, inv_std = stats.unbind()
     return y, Moments(_count(x), mean, m2), inv_std
 
 
@@ -1100,31 +1138,28 @@ def _backward(
     weight: Tensor | None,
     mean: Tensor,
     inv_std: Tensor,
-    sums: Tensor,
+    sums: tuple[Tensor, ...],
     count: int,
     mask: Tensor | None,
     dresidual: Tensor | None,
-    measure: bool,
-    apply: bool,
+    steps: int,
 ) -> Tensor | None:
     plan = _plan(x.shape, x.stride())
     if plan.copy:
         x = dense(x)
     dy = _beside(dy, x)
-    dx = _empty_like(x) if apply else None
+    dx = _empty_like(x) if steps & _APPLY else None
     if x.numel() == 0:
-        if measure:
-            sums.zero_()
+        if steps & _MEASURE:
+            for s in sums:
+                s.zero_()
         return dx
-    mean, inv_std, weight = (_vector(v, 1, sums) for v in (mean, inv_std, weight))
+    mean, inv_std, weight = (_vector(v, 1, x) for v in (mean, inv_std, weight))
     arguments = (
-        0, _steps(plan, measure, apply), *plan[:6],
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), sums.data_ptr(),
-        _scratch.at_least(2 * plan.splits * plan.channels),
-        _address(dx), dy.data_ptr(), _address(dresidual), mean.data_ptr(), inv_std.data_ptr(),
-        count,
+        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), mean.data_ptr(), inv_std.data_ptr(),
+        _address(dx), dy.data_ptr(), _address(dresidual), *(s.data_ptr() for s in sums), count,
     )  # fmt: skip
-    _start(_backward_kernel, x, arguments, plan.blocks * plan.splits)
+    _run(_backward_kernel, plan, x.dtype, steps, arguments)
     return dx
 
 
@@ -1148,10 +1183,9 @@ def grad_sums(
     """
     check_like(x, dy=dy)
     x, dy = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std), dy.movedim(channel_axis, 1)
-    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
-    _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, True, False)
-    first, second = sums.unbind()
-    return first, second
+    sum_dy, sum_dy_x_hat = sums = tuple(_empty_vectors(2, x))
+    _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, _MEASURE)
+    return sum_dy, sum_dy_x_hat
 
 
 def grad_input(
@@ -1185,10 +1219,8 @@ def grad_input(
     if dresidual is not None:
         dresidual = dresidual.movedim(channel_axis, 1)
         check_layout(dense(x), dresidual)
-    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
-    sums[0], sums[1] = sum_dy.detach(), sum_dy_x_hat.detach()
-    count = max(count, 1)
-    dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, False, True)
+    sums = _vector(sum_dy, 0, x), _vector(sum_dy_x_hat, 0, x)
+    dx = _backward(dy, x, weight, mean, inv_std, sums, max(count, 1), mask, dresidual, _APPLY)
     assert dx is not None
     return dx.movedim(1, channel_axis)
 
@@ -1205,9 +1237,8 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
-    sums = x.new_empty((2, x.shape[1]), dtype=_number_dtype(x))
-    count = max(count, 1)
-    dx = _backward(dy, x, weight, mean, inv_std, sums, count, mask, dresidual, True, True)
+    sum_dy, sum_dy_x_hat = sums = tuple(_empty_vectors(2, x))
+    steps = _MEASURE | _APPLY
+    dx = _backward(dy, x, weight, mean, inv_std, sums, max(count, 1), mask, dresidual, steps)
     assert dx is not None
-    first, second = sums.unbind()
-    return dx, first, second
+    return dx, sum_dy, sum_dy_x_hat
