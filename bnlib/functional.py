@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnlib import reference
 from bnlib.kernels import check_like, check_vectors, dense, empty_mask, pack_mask, unpack_mask
@@ -23,6 +22,15 @@ _TAKEN = {
     "gpu": "a plain tensor of float32, float16 or bfloat16 on a CUDA device (or on the CPU, where "
     "TRITON_INTERPRET=1 was set before triton was imported)",
 }
+
+
+# What every call asks: each step on the way to a function costs a call that finds the caches cold.
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
 def batch_norm(
@@ -101,7 +109,7 @@ def batch_norm(
                 [ 1.0000,  1.0000]])
     """
     tensors = (input, running_mean, running_var, weight, bias)
-    if torch.jit._trace.is_tracing():  # shapes are tensors now, which no check can look at
+    if not _is_compiling() and _is_tracing():  # shapes are tensors now, which no check can look at
         y = torch.nn.functional.batch_norm(*tensors, training, momentum, eps)
         return _activate(y, residual, activation)
     _check(
@@ -126,9 +134,9 @@ def batch_norm(
         if group is not None:
             raise RuntimeError("synchronised batch norm has first derivatives in reverse mode only")
         return _activate(_differentiable(*tensors, training, momentum, eps), residual, activation)
-    apply = _BatchNorm.apply
-    if torch.compiler.is_compiling():  # and synchronised: this call stays out of the graph
-        apply = torch.compiler.disable(apply)
+    apply = _apply
+    if _is_compiling():  # and synchronised: this call stays out of the graph
+        apply = torch.compiler.disable(_BatchNorm.apply)
     relu, kernels = activation == "relu", _kernels(input, backend)
     options = (training, momentum, eps, relu, group, kernels, torch.is_grad_enabled())
     return apply(input, weight, bias, residual, (running_mean, running_var, *options))
@@ -183,6 +191,10 @@ class _BatchNorm(torch.autograd.Function):
             dresidual,
             None,
         )
+
+
+# Function.apply sees to torch.func first, of which nothing arrives here.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _forward(
@@ -500,22 +512,29 @@ def _torch_is_as_good(
 
 def _is_traced() -> bool:
     """Whether the operations are being recorded, by torch.compile, export or a dispatch mode."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return _is_compiling() or _modes() > 0
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward mode is at work, which do not see inside our kernels."""
-    return torch._C._are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0  # inside a dual_level: asking every tensor takes longer
-        and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    )
+    """Whether torch.func or forward mode is at work, which do not see inside our kernels, or has
+    left a wrapper behind.
+    """
+    if _transforms_are_active():
+        return True
+    is_dual_level = forward_ad._current_level >= 0  # asking every tensor takes longer
+    for t in tensors:
+        if t is None:
+            continue
+        if _is_wrapped(t) or (is_dual_level and forward_ad.unpack_dual(t).tangent is not None):
+            return True
+    return False
 
 
 def _is_batched(dy: Tensor) -> bool:
     """Whether a gradient is more than one: a batch of them, by torch.func or the older vmap of
     ``is_grads_batched``, or one with a tangent, for which our kernels are linear maps too.
     """
-    return _is_transformed(dy) or torch._C._functorch.is_legacy_batchedtensor(dy)
+    return _is_transformed(dy) or _is_legacy_batch(dy)
 
 
 def _differentiable(

@@ -59,11 +59,12 @@ def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
         TypeError: no tensor, or one that is not real floating.
         ValueError: another shape than (C,), or another device than that of ``x``.
     """
+    expected, device = x.shape[1:2], x.device
     for name, value in vectors.items():
         if value is None:
             continue
-        _check_beside(name, value, x)
-        if value.dim() != 1 or value.shape[0] != x.shape[1]:
+        _check_beside(name, value, device)
+        if value.shape != expected:
             raise ValueError(
                 f"expected {name} of shape ({x.shape[1]},) for input of shape {tuple(x.shape)}, "
                 f"got shape {tuple(value.shape)}"
@@ -83,7 +84,7 @@ def check_like(x: Tensor, **tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is None:
             continue
-        _check_beside(name, value, x)
+        _check_beside(name, value, x.device)
         if value.shape != x.shape or value.dtype != x.dtype:
             raise ValueError(
                 f"expected {name} of shape {tuple(x.shape)} and {x.dtype}, "
@@ -134,15 +135,15 @@ def check_layout(x: Tensor, dresidual: Tensor | None) -> None:
         )
 
 
-def _check_beside(name: str, value: Tensor, x: Tensor) -> None:
-    """Raise unless a kernel that reads ``x`` can read ``value`` too."""
+def _check_beside(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless a kernel that runs on a device can read ``value``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"expected {name} with a real floating dtype, got {value.dtype}")
-    if value.device != x.device:
+    if value.device != device:
         raise ValueError(
-            f"expected {name} on {x.device}, where the input is, got it on {value.device}"
+            f"expected {name} on {device}, where the input is, got it on {value.device}"
         )
 
 

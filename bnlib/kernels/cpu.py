@@ -79,6 +79,7 @@ _STORED = {
     torch.bfloat16: (numba.uint16, numba.float32),
     torch.float16: (numba.int16, numba.float32),
 }
+_PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
 _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
 # Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
@@ -92,12 +93,7 @@ _STREAM_FROM = 1 << 23  # bytes; more than a cache keeps for the next layer
 
 def supports(x: Tensor) -> bool:
     """Return whether these kernels take ``x``: a plain CPU tensor of one of four dtypes."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.is_cpu
-        and x.dtype in _STORED
-        and x.layout == torch.strided
-    )
+    return type(x) in _PLAIN and x.is_cpu and x.dtype in _STORED and x.layout == _STRIDED
 
 
 # --- what runs on a thread ------------------------------------------------------------------------
@@ -1097,6 +1093,9 @@ def normalize(
     return y.movedim(1, channel_axis)
 
 
+_changed = torch.autograd.graph.increment_version
+
+
 def moments_and_normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -1127,8 +1126,8 @@ def moments_and_normalize(
     for to, at in zip(given, used, strict=True):
         if to is not at:
             to.copy_(at)  # of another dtype, or not contiguous
-        elif not to.is_inference():
-            torch.autograd.graph.increment_version(to)
+        else:
+            _changed(to)
     return y, Moments(_count(x), mean, m2), inv_std
 
 
