@@ -217,11 +217,18 @@ def _add_up(c0, c1, out, inv_std, sum_dy, sum_dy_x_hat):
 
 
 @_jit
-def _coefficients(c, weight, inv_std, sum_dy, sum_dy_x_hat, count):
-    """dx = a dy + b (x - mean) + c of one channel."""
-    factor = np.float64(inv_std[c])
-    a = weight[c] * factor
-    return a, -a * factor * sum_dy_x_hat[c] / count, -a * sum_dy[c] / count
+def _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1):
+    """dx = a dy + b (x - mean) + c of channels c0 .. c1."""
+    out, share = np.empty((3, c1 - c0), weight.dtype), 1 / np.float64(count)
+    weight, inv_std = weight[c0:c1], inv_std[c0:c1]
+    sum_dy, sum_dy_x_hat = sum_dy[c0:c1], sum_dy_x_hat[c0:c1]
+    for c in range(c1 - c0):
+        factor = np.float64(inv_std[c])
+        a = weight[c] * factor
+        out[0, c] = a
+        out[1, c] = -a * factor * sum_dy_x_hat[c] * share
+        out[2, c] = -a * sum_dy[c] * share
+    return out
 
 
 @_jit
@@ -378,10 +385,11 @@ def _rows_gradient(
     none, width = spread(x, 0.0), lanes_in(x)
     bits = 0 if mask is None else mask.size // channels * 8
     past = _streams(dx, size) and (masked_dy is None or _streams(masked_dy, size))
+    factors = _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1)
     for n in range(n0, n1):
         for ch in range(c0, c1):
-            a, b, c = _coefficients(ch, weight, inv_std, sum_dy, sum_dy_x_hat, count)
-            a, b, c, middle = spread(x, a), spread(x, b), spread(x, c), spread(x, mean[ch])
+            a, b = spread(x, factors[0, ch - c0]), spread(x, factors[1, ch - c0])
+            c, middle = spread(x, factors[2, ch - c0]), spread(x, mean[ch])
             at = (n * channels + ch) * size
             for i in range(0, size, width):
                 g = load(dy, at + i, size - i, none)
@@ -404,12 +412,11 @@ def _rows_gradient(
 
 
 @_jit
-def _per_column(values, k0, k1):
+def _per_column(values, columns):
     """One value per channel to one per column."""
-    out = np.empty(k1 - k0, values.dtype)
-    size = min(k1, values.size) - k0
-    for k in range(0, out.size, size):  # once for every position in a row
-        out[k : k + size] = values[k0 : k0 + size]
+    out = np.empty(columns, values.dtype)
+    for k in range(0, columns, values.size):  # once for every position in a row
+        out[k : k + values.size] = values[: columns - k]
     return out
 
 
@@ -488,8 +495,8 @@ def _panel_normalize(
 ):
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
     floor = spread(x, floor)
-    middles, shifts = _per_column(mean, k0, k1), _per_column(bias, k0, k1)
-    scales = _per_column(inv_std * weight, k0, k1)
+    middles, shifts = _per_column(mean[k0:], size), _per_column(bias[k0:], size)
+    scales = _per_column(inv_std[k0:] * weight[k0:], size)
     past = _streams(y, columns)
     for r in range(r0, r1):
         at, end = r * columns + k0, (r * columns + k1 + 7) >> 3
@@ -541,7 +548,7 @@ def _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, rows):
 @_jit
 def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, out):
     size = k1 - k0
-    middles = _per_column(mean, k0, k1)
+    middles = _per_column(mean[k0:], size)
     s, q = np.empty((2, size + _APART), mean.dtype)
     first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
     first[:], second[:] = 0, 0
@@ -575,13 +582,10 @@ def _panel_gradient(
     k0, k1, r0, r1,
 ):  # fmt: skip
     none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
-    factors = np.empty((3, mean.size), mean.dtype)
-    for ch in range(mean.size):
-        factors[0, ch], factors[1, ch], factors[2, ch] = _coefficients(
-            ch, weight, inv_std, sum_dy, sum_dy_x_hat, count
-        )
-    all_a, all_b = _per_column(factors[0], k0, k1), _per_column(factors[1], k0, k1)
-    all_c, middles = _per_column(factors[2], k0, k1), _per_column(mean, k0, k1)
+    c1 = min(k1, mean.size)
+    factors = _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, k0, c1)
+    all_a, all_b = _per_column(factors[0], size), _per_column(factors[1], size)
+    all_c, middles = _per_column(factors[2], size), _per_column(mean[k0:], size)
     past = _streams(dx, columns) and (masked_dy is None or _streams(masked_dy, columns))
     for r in range(r0, r1):
         at = r * columns + k0
