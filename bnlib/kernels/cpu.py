@@ -914,8 +914,9 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
     samples, channels = shape[:2]
     size = math.prod(shape[2:])
     if not channels_are_neighbours(like):
-        # A block fits into the L2 cache if it can.
-        blocks = max(1, min(channels, max(16, samples * channels * size >> 17)))
+        # A task reads long stretches of memory, and only then as little as the cache may hold.
+        blocks = channels if size >= _TILE else max(16, channels * size >> 14)
+        blocks = max(1, min(channels, blocks))
         splits = 1 if blocks >= 16 else min(samples, -(-16 // blocks))
         copy = not like.is_contiguous()
         tasks = 1 if samples * channels * size < _SERIAL_BELOW else blocks * splits
