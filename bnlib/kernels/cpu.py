@@ -415,8 +415,9 @@ def _rows_gradient(
 def _per_column(values, columns):
     """One value per channel to one per column."""
     out = np.empty(columns, values.dtype)
-    for k in range(0, columns, values.size):  # once for every position in a row
-        out[k : k + values.size] = values[: columns - k]
+    for j in range(0, columns, values.size):  # once for every position in a row
+        for c in range(min(values.size, columns - j)):
+            out[j + c] = values[c]
     return out
 
 
@@ -483,40 +484,64 @@ def _panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
             near[k] = mean[k]
         r, end = end, min(end + min(3 * (end - r0), _ROWS), r1)
     first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
-    first[:], second[:] = mean[: first.size], m2[: first.size]
+    for c in range(first.size):
+        first[c], second[c] = mean[c], m2[c]
     for j in range(channels, size, channels):  # further positions in a row
         before = np.float64(j // channels * (r1 - r0))
         _merge(before, first, second, np.float64(r1 - r0), mean[j:], m2[j:])
+
+
+@_inlined
+def _panel_normalize_piece(
+    x, residual, y, mask, columns, middles, shifts, scales, floor, past, at, size, further
+):
+    """Normalise so many columns of one row, and ask for what stands some rows further on."""
+    none, width, end = spread(x, 0.0), lanes_in(x), (at + size + 7) >> 3
+    if mask is not None:
+        before = _bits_before(mask, at)
+    for k in range(0, size, width):
+        if further:
+            fetch_far(x, at + k + further * columns)
+        middle, shift = load(middles, k, size - k, none), load(shifts, k, size - k, none)
+        scale = load(scales, k, size - k, none)
+        v = (load(x, at + k, size - k, none) - middle) * scale + shift
+        if residual is not None:
+            v = v + load(residual, at + k, size - k, none)
+        v = as_stored(y, at_least(v, floor))
+        if past:
+            stream(y, at + k, v)
+        else:
+            store(y, at + k, size - k, v)
+        if mask is not None:
+            last = positive(v)
+            _write_bits(mask, at + k, before, last, end)
+            before = last >> (width - (at & 7))
 
 
 @_jit
 def _panel_normalize(
     x, residual, y, mask, columns, weight, bias, mean, inv_std, floor, k0, k1, r0, r1
 ):
-    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
-    floor = spread(x, floor)
+    size, floor, past = k1 - k0, spread(x, floor), _streams(y, columns)
     middles, shifts = _per_column(mean[k0:], size), _per_column(bias[k0:], size)
-    scales = _per_column(inv_std[k0:] * weight[k0:], size)
-    past = _streams(y, columns)
-    for r in range(r0, r1):
-        at, end = r * columns + k0, (r * columns + k1 + 7) >> 3
-        if mask is not None:
-            before = _bits_before(mask, at)
-        for k in range(0, size, width):
-            middle, shift = load(middles, k, size - k, none), load(shifts, k, size - k, none)
-            scale = load(scales, k, size - k, none)
-            v = (load(x, at + k, size - k, none) - middle) * scale + shift
-            if residual is not None:
-                v = v + load(residual, at + k, size - k, none)
-            v = as_stored(y, at_least(v, floor))
-            if past:
-                stream(y, at + k, v)
-            else:
-                store(y, at + k, size - k, v)
-            if mask is not None:
-                last = positive(v)
-                _write_bits(mask, at + k, before, last, end)
-                before = last >> (width - (at & 7))
+    scales, weights = _per_column(inv_std[k0:], size), _per_column(weight[k0:], size)
+    for k in range(size):
+        scales[k] *= weights[k]
+    if size <= 1024 or columns % 8:
+        for r in range(r0, r1):
+            _panel_normalize_piece(
+                x, residual, y, mask, columns, middles, shifts, scales, floor, past,
+                r * columns + k0, size, 0,
+            )  # fmt: skip
+        return
+    # Coefficients of so many columns do not stay in the first-level cache from row to row.
+    for first in range(r0, r1, 4):
+        for k in range(0, size, 512):
+            for r in range(first, min(first + 4, r1)):
+                _panel_normalize_piece(
+                    x, residual, y, mask, columns, middles[k:], shifts[k:], scales[k:], floor, past,
+                    r * columns + k0 + k, min(size - k, 512), 4,
+                )  # fmt: skip
 
 
 @_inlined
@@ -576,38 +601,59 @@ def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, o
                 second[c] += q[j + c]
 
 
+@_inlined
+def _panel_gradient_piece(
+    dy, x, dx, masked_dy, mask, columns, all_a, all_b, all_c, middles, past, at, size, further
+):
+    none, width = spread(x, 0.0), lanes_in(x)
+    for k in range(0, size, width):
+        if further:
+            fetch_far(dy, at + k + further * columns)
+            fetch_far(x, at + k + further * columns)
+        a, b = load(all_a, k, size - k, none), load(all_b, k, size - k, none)
+        c, middle = load(all_c, k, size - k, none), load(middles, k, size - k, none)
+        g = load(dy, at + k, size - k, none)
+        if mask is not None:
+            g = keep(_read_bits(mask, at + k), g)
+        if masked_dy is not None:
+            if past:
+                stream(masked_dy, at + k, g)
+            else:
+                store(masked_dy, at + k, size - k, g)
+        v = a * g + (b * (load(x, at + k, size - k, none) - middle) + c)
+        if past:
+            stream(dx, at + k, v)
+        else:
+            store(dx, at + k, size - k, v)
+
+
 @_jit
 def _panel_gradient(
     dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
     k0, k1, r0, r1,
 ):  # fmt: skip
-    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
-    c1 = min(k1, mean.size)
+    size, c1 = k1 - k0, min(k1, mean.size)
     factors = _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, k0, c1)
     all_a, all_b = _per_column(factors[0], size), _per_column(factors[1], size)
     all_c, middles = _per_column(factors[2], size), _per_column(mean[k0:], size)
     past = _streams(dx, columns) and (masked_dy is None or _streams(masked_dy, columns))
-    for r in range(r0, r1):
-        at = r * columns + k0
-        for k in range(0, size, width):
-            a, b = load(all_a, k, size - k, none), load(all_b, k, size - k, none)
-            c, middle = load(all_c, k, size - k, none), load(middles, k, size - k, none)
-            g = load(dy, at + k, size - k, none)
-            if mask is not None:
-                g = keep(_read_bits(mask, at + k), g)
-            if masked_dy is not None:
-                if past:
-                    stream(masked_dy, at + k, g)
-                else:
-                    store(masked_dy, at + k, size - k, g)
-            v = a * g + (b * (load(x, at + k, size - k, none) - middle) + c)
-            if past:
-                stream(dx, at + k, v)
-            else:
-                store(dx, at + k, size - k, v)
+    if size <= 1024 or columns % 8:
+        for r in range(r0, r1):
+            _panel_gradient_piece(
+                dy, x, dx, masked_dy, mask, columns, all_a, all_b, all_c, middles, past,
+                r * columns + k0, size, 0,
+            )  # fmt: skip
+        return
+    for first in range(r0, r1, 4):
+        for k in range(0, size, 512):
+            for r in range(first, min(first + 4, r1)):
+                _panel_gradient_piece(
+                    dy, x, dx, masked_dy, mask, columns, all_a[k:], all_b[k:], all_c[k:],
+                    middles[k:], past, r * columns + k0 + k, min(size - k, 512), 4,
+                )  # fmt: skip
 
 
-# What is absent is None, so that Numba compiles loops which do not ask for it.
+# What is absent is None: Numba compiles loops which do not ask for it.
 
 
 @_jit
@@ -652,7 +698,7 @@ _MEASURED, _DONE, _MERGED, _APPLIED = range(4)  # tasks drawn, tasks done, wheth
 _MEASURE, _APPLY = 1, 2
 
 
-def _forward_kernel(stored, number):
+def _forward_kernel(stored, number, has_mask, has_residual):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
         measure, apply = a[4] & _MEASURE != 0, a[4] & _APPLY != 0
@@ -661,12 +707,12 @@ def _forward_kernel(stored, number):
         elements, count, columns = rows * channels * size, rows * size, channels * size
         partial = numba.carray(_pointer(a[11], numba.float64), (splits, 2, channels))
         x = numba.carray(_pointer(a[12], stored), elements)
-        mask = numba.carray(_pointer(a[13], numba.uint8), a[14])
+        mask = numba.carray(_pointer(a[13], numba.uint8), a[14]) if has_mask else None
         weight = numba.carray(_pointer(a[15], number), channels)
         mean = numba.carray(_pointer(a[16], number), channels)
         inv_std = numba.carray(_pointer(a[17], number), channels)
         y = numba.carray(_pointer(a[18], stored), elements)
-        residual = numba.carray(_pointer(a[19], stored), elements if a[19] else 0)
+        residual = numba.carray(_pointer(a[19], stored), elements) if has_residual else None
         bias = numba.carray(_pointer(a[20], number), channels)
         m2 = numba.carray(_pointer(a[21], number), channels)
         running_mean = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
@@ -685,7 +731,7 @@ def _forward_kernel(stored, number):
             if phase == _APPLIED:
                 if measure and splits > 1:
                     _wait_for(p, _MERGED)
-                if mask.size:
+                if mask is not None:
                     unit = 8  # so that no two tasks share a byte
             while True:
                 task = _take(p, phase)
@@ -716,20 +762,13 @@ def _forward_kernel(stored, number):
                         _take(p, _MERGED)
                 if phase == _APPLIED or at_once:
                     rest = (channels, size, weight, bias, mean, inv_std, floor, c0, c1, k1, r0, r1)
-                    if residual.size and mask.size:
-                        _normalize(panel, x, residual, y, mask, *rest)
-                    elif residual.size:
-                        _normalize(panel, x, residual, y, None, *rest)
-                    elif mask.size:
-                        _normalize(panel, x, None, y, mask, *rest)
-                    else:
-                        _normalize(panel, x, None, y, None, *rest)
+                    _normalize(panel, x, residual, y, mask, *rest)
             settle()
 
     return kernel
 
 
-def _backward_kernel(stored, number):
+def _backward_kernel(stored, number, has_mask, has_masked_dy):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
         measure, apply = a[4] & _MEASURE != 0, a[4] & _APPLY != 0
@@ -738,13 +777,13 @@ def _backward_kernel(stored, number):
         elements, columns = rows * channels * size, channels * size
         partial = numba.carray(_pointer(a[11], numba.float64), (splits, 2, channels))
         x = numba.carray(_pointer(a[12], stored), elements)
-        mask = numba.carray(_pointer(a[13], numba.uint8), a[14])
+        mask = numba.carray(_pointer(a[13], numba.uint8), a[14]) if has_mask else None
         weight = numba.carray(_pointer(a[15], number), channels)
         mean = numba.carray(_pointer(a[16], number), channels)
         inv_std = numba.carray(_pointer(a[17], number), channels)
         dx = numba.carray(_pointer(a[18], stored), elements)
         dy = numba.carray(_pointer(a[19], stored), elements)
-        masked_dy = numba.carray(_pointer(a[20], stored), elements if a[20] else 0)
+        masked_dy = numba.carray(_pointer(a[20], stored), elements) if has_masked_dy else None
         sum_dy = numba.carray(_pointer(a[21], number), channels)
         sum_dy_x_hat = numba.carray(_pointer(a[22], number), channels)
         count = a[23]
@@ -769,15 +808,14 @@ def _backward_kernel(stored, number):
                 if phase == _MEASURED:
                     out = partial[task % splits]
                     rest = (channels, size, mean, c0, c1, k1, r0, r1, out)
-                    if mask.size:
-                        _gradient_sums(panel, dy, x, mask, *rest)
-                    else:
-                        _gradient_sums(panel, dy, x, None, *rest)
+                    _gradient_sums(panel, dy, x, mask, *rest)
                     if splits == 1:
                         _add_up(c0, c1, out, inv_std, sum_dy, sum_dy_x_hat)
                     elif _take(p, _DONE) == tasks - 1:
                         for i in range(1, splits):
-                            partial[0] += partial[i]
+                            for c in range(channels):
+                                partial[0, 0, c] += partial[i, 0, c]
+                                partial[0, 1, c] += partial[i, 1, c]
                         _add_up(0, channels, partial[0], inv_std, sum_dy, sum_dy_x_hat)
                         _take(p, _MERGED)
                 if phase == _APPLIED or at_once:
@@ -785,12 +823,7 @@ def _backward_kernel(stored, number):
                         channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
                         c0, c1, k1, r0, r1,
                     )  # fmt: skip
-                    if masked_dy.size:
-                        _gradient(panel, dy, x, dx, masked_dy, mask, *rest)
-                    elif mask.size:
-                        _gradient(panel, dy, x, dx, None, mask, *rest)
-                    else:
-                        _gradient(panel, dy, x, dx, None, None, *rest)
+                    _gradient(panel, dy, x, dx, masked_dy, mask, *rest)
             settle()
 
     return kernel
@@ -803,13 +836,11 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
-def _compiled(make: Callable[..., Any], dtype: torch.dtype) -> Any:
+def _compiled(make: Callable[..., Any], dtype: torch.dtype, *present: bool) -> Any:
     """The kernel for a dtype, compiled or from Numba's cache: address, and callable from Python."""
-    stored, number = _STORED[dtype]
     signature = types.void(types.CPointer(types.int64))
-    kernel = _cached(
-        lambda cache: numba.cfunc(signature, cache=cache, **_COMPILED)(make(stored, number))
-    )
+    function = make(*_STORED[dtype], *present)
+    kernel = _cached(lambda cache: numba.cfunc(signature, cache=cache, **_COMPILED)(function))
     return kernel, kernel.address, _KERNEL(kernel.address)
 
 
@@ -865,14 +896,13 @@ def _borrow(size: int) -> tuple[int, int, np.ndarray[Any, Any]]:
 
 
 def _run(
-    make: Callable[..., Any],
+    kernel: tuple[Any, int, Callable[[int], None]],
     plan: _Plan,
-    dtype: torch.dtype,
     steps: int,
     arguments: tuple[int, ...],
 ) -> None:
     """Run a kernel with as many threads as torch uses."""
-    _, address, call = _compiled(make, dtype)
+    _, address, call = kernel
     memory = _borrow(2 * plan.splits * plan.channels)
     numbers = array.array("q", (0, 0, 0, 0, steps, *plan[:6], memory[1], *arguments))
     pointer = numbers.buffer_info()[0]
@@ -1041,7 +1071,8 @@ def _forward(
         *([_address(r) for r in running] or (0, 0)),
         _bits_of(eps), _bits_of(momentum), _bits_of(0.0 if relu else -math.inf),
     )  # fmt: skip
-    _run(_forward_kernel, plan, x.dtype, steps, arguments)
+    kernel = _compiled(_forward_kernel, x.dtype, mask is not None, residual is not None)
+    _run(kernel, plan, steps, arguments)
     return y
 
 
@@ -1163,7 +1194,8 @@ def _backward(
         x.data_ptr(), *_mask_of(mask), weight.data_ptr(), mean.data_ptr(), inv_std.data_ptr(),
         _address(dx), dy.data_ptr(), _address(dresidual), *(s.data_ptr() for s in sums), count,
     )  # fmt: skip
-    _run(_backward_kernel, plan, x.dtype, steps, arguments)
+    kernel = _compiled(_backward_kernel, x.dtype, mask is not None, dresidual is not None)
+    _run(kernel, plan, steps, arguments)
     return dx
 
 
