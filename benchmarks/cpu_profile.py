@@ -1,11 +1,12 @@
 """Show what a layer's time on the CPU is made of, next to PyTorch's.
 
-    python benchmarks/cpu_profile.py            # with one thread; prints three tables, 1 minute
+    python benchmarks/cpu_profile.py            # with one thread; prints three tables, 2 minutes
     OMP_NUM_THREADS=2 python benchmarks/cpu_profile.py
 
-1. The floor of a call: a layer on a few numbers, with what it needs still in the processor's cache,
-   and after 4 MB of other work. A ``torch.autograd.Function`` that does nothing says how much of it
-   is the price of being written in Python.
+1. The floor of a call: a layer on a few numbers, with what it needs still in the processor's
+   caches, after 4 MB of other work, which leave it in the last of them, and after 128 MB, which do
+   not. A ``torch.autograd.Function`` that does nothing says how much of it is the price of being
+   written in Python.
 2. The kernels alone, in units of one copy of the same tensor into memory that is already there.
 3. The operators of a training step, of the networks that benchmarks/cpu.py measures: the share of
    batch norm, addition and ReLU is all that a faster layer can win.
@@ -65,17 +66,22 @@ def calls() -> None:
     weight, bias = (torch.rand(64, requires_grad=True) for _ in range(2))
     running = torch.zeros(64), torch.ones(64)
     dy = torch.ones_like(x)
-    other = np.zeros(1 << 19)
+    little, much = np.zeros(1 << 19), np.zeros(1 << 24)
+    work = {
+        "warm": lambda: None,
+        "after 4 MB": lambda: np.add(little, 1.0, out=little),
+        "after 128 MB": lambda: np.add(much, 1.0, out=much),
+    }
     layers = {
         "bnlib": lambda: batch_norm(x, *running, weight, bias, True),
         "PyTorch": lambda: torch.nn.functional.batch_norm(x, *running, weight, bias, True),
         "an empty autograd.Function": lambda: Nothing.apply(x, weight, bias),
     }
     print(f"\nmicroseconds of a call on {tuple(x.shape)}: forward + backward")
-    print(f"{'':28}{'warm':>16}{'after 4 MB':>16}")
+    print(f"{'':28}" + "".join(f"{name:>16}" for name in work))
     for name, layer in layers.items():
         cells = []
-        for before in (lambda: None, lambda: np.add(other, 1.0, out=other)):
+        for before in work.values():
             forward = median(layer, before)
             # A new graph for every backward: PyTorch's refuses statistics that have moved on.
             graphs = iter([layer() for _ in range(REPEATS)])
@@ -89,7 +95,7 @@ def calls() -> None:
                 before,
             )
             cells.append(f"{forward * 1e6:.0f} + {backward * 1e6:.0f}")
-        print(f"{name:28}{cells[0]:>16}{cells[1]:>16}")
+        print(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 def passes() -> None:

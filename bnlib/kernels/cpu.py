@@ -698,29 +698,45 @@ _MEASURED, _DONE, _MERGED, _APPLIED = range(4)  # tasks drawn, tasks done, wheth
 _MEASURE, _APPLY = 1, 2
 
 
+@_jit
+def _drawn(draw, threads, tasks):
+    """Which thread's turn it is, -1 after the last, and its task: each has a stretch of its own.
+
+    So that threads which start together do not write to the same fresh huge page: Linux would let
+    each of them clear one.
+    """
+    each = (tasks + threads - 1) // threads
+    thread, task = draw % threads, draw // threads
+    return (thread, thread * each + task) if task < each else (-1, 0)
+
+
+@_jit
+def _middle(r0, r1, thread, threads, at_once):
+    """Where to begin to write rows r0 .. r1 that other threads write for other channels."""
+    return r0 + (thread * (r1 - r0) // threads & ~7) if at_once else r0
+
+
 def _forward_kernel(stored, number, has_mask, has_residual):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
         measure, apply = a[4] & _MEASURE != 0, a[4] & _APPLY != 0
-        panel, blocks, splits = a[5] != 0, a[6], a[7]
-        rows, channels, size = a[8], a[9], a[10]
+        threads, panel, blocks, splits = a[5], a[6] != 0, a[7], a[8]
+        rows, channels, size = a[9], a[10], a[11]
         elements, count, columns = rows * channels * size, rows * size, channels * size
-        partial = numba.carray(_pointer(a[11], numba.float64), (splits, 2, channels))
-        x = numba.carray(_pointer(a[12], stored), elements)
-        mask = numba.carray(_pointer(a[13], numba.uint8), a[14]) if has_mask else None
-        weight = numba.carray(_pointer(a[15], number), channels)
-        mean = numba.carray(_pointer(a[16], number), channels)
-        inv_std = numba.carray(_pointer(a[17], number), channels)
-        y = numba.carray(_pointer(a[18], stored), elements)
-        residual = numba.carray(_pointer(a[19], stored), elements) if has_residual else None
-        bias = numba.carray(_pointer(a[20], number), channels)
-        m2 = numba.carray(_pointer(a[21], number), channels)
-        running_mean = numba.carray(_pointer(a[22], number), channels if a[22] else 0)
-        running_var = numba.carray(_pointer(a[23], number), channels if a[23] else 0)
-        eps, momentum, floor = _real(a[24]), _real(a[25]), _real(a[26])
+        partial = numba.carray(_pointer(a[12], numba.float64), (splits, 2, channels))
+        x = numba.carray(_pointer(a[13], stored), elements)
+        mask = numba.carray(_pointer(a[14], numba.uint8), a[15]) if has_mask else None
+        weight = numba.carray(_pointer(a[16], number), channels)
+        mean = numba.carray(_pointer(a[17], number), channels)
+        inv_std = numba.carray(_pointer(a[18], number), channels)
+        y = numba.carray(_pointer(a[19], stored), elements)
+        residual = numba.carray(_pointer(a[20], stored), elements) if has_residual else None
+        bias = numba.carray(_pointer(a[21], number), channels)
+        m2 = numba.carray(_pointer(a[22], number), channels)
+        running_mean = numba.carray(_pointer(a[23], number), channels if a[23] else 0)
+        running_var = numba.carray(_pointer(a[24], number), channels if a[24] else 0)
+        eps, momentum, floor = _real(a[25]), _real(a[26]), _real(a[27])
         statistics = (eps, momentum, mean, m2, inv_std, running_mean, running_var)
-        tasks, at_once = blocks * splits, splits == 1
-        wide, unit = (16, 8) if panel else (1, 1)
         tasks, at_once = blocks * splits, measure and apply and splits == 1
         wide, unit = (16, 8) if panel else (1, 1)
         for phase in (_MEASURED, _APPLIED):
@@ -734,9 +750,11 @@ def _forward_kernel(stored, number, has_mask, has_residual):
                 if mask is not None:
                     unit = 8  # so that no two tasks share a byte
             while True:
-                task = _take(p, phase)
-                if task >= tasks:
+                thread, task = _drawn(_take(p, phase), threads, tasks)
+                if thread < 0:
                     break
+                if task >= tasks:
+                    continue
                 if phase == _APPLIED:  # what was read last may still be in the cache
                     task = tasks - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
@@ -761,8 +779,11 @@ def _forward_kernel(stored, number, has_mask, has_residual):
                         _finish(0, channels, count, first, *statistics)
                         _take(p, _MERGED)
                 if phase == _APPLIED or at_once:
-                    rest = (channels, size, weight, bias, mean, inv_std, floor, c0, c1, k1, r0, r1)
-                    _normalize(panel, x, residual, y, mask, *rest)
+                    middle = _middle(r0, r1, thread, threads, at_once)
+                    rest = (channels, size, weight, bias, mean, inv_std, floor, c0, c1, k1)
+                    _normalize(panel, x, residual, y, mask, *rest, middle, r1)
+                    if middle > r0:
+                        _normalize(panel, x, residual, y, mask, *rest, r0, middle)
             settle()
 
     return kernel
@@ -772,21 +793,21 @@ def _backward_kernel(stored, number, has_mask, has_masked_dy):
     def kernel(p):
         a = numba.carray(p, _ARGUMENTS)
         measure, apply = a[4] & _MEASURE != 0, a[4] & _APPLY != 0
-        panel, blocks, splits = a[5] != 0, a[6], a[7]
-        rows, channels, size = a[8], a[9], a[10]
+        threads, panel, blocks, splits = a[5], a[6] != 0, a[7], a[8]
+        rows, channels, size = a[9], a[10], a[11]
         elements, columns = rows * channels * size, channels * size
-        partial = numba.carray(_pointer(a[11], numba.float64), (splits, 2, channels))
-        x = numba.carray(_pointer(a[12], stored), elements)
-        mask = numba.carray(_pointer(a[13], numba.uint8), a[14]) if has_mask else None
-        weight = numba.carray(_pointer(a[15], number), channels)
-        mean = numba.carray(_pointer(a[16], number), channels)
-        inv_std = numba.carray(_pointer(a[17], number), channels)
-        dx = numba.carray(_pointer(a[18], stored), elements)
-        dy = numba.carray(_pointer(a[19], stored), elements)
-        masked_dy = numba.carray(_pointer(a[20], stored), elements) if has_masked_dy else None
-        sum_dy = numba.carray(_pointer(a[21], number), channels)
-        sum_dy_x_hat = numba.carray(_pointer(a[22], number), channels)
-        count = a[23]
+        partial = numba.carray(_pointer(a[12], numba.float64), (splits, 2, channels))
+        x = numba.carray(_pointer(a[13], stored), elements)
+        mask = numba.carray(_pointer(a[14], numba.uint8), a[15]) if has_mask else None
+        weight = numba.carray(_pointer(a[16], number), channels)
+        mean = numba.carray(_pointer(a[17], number), channels)
+        inv_std = numba.carray(_pointer(a[18], number), channels)
+        dx = numba.carray(_pointer(a[19], stored), elements)
+        dy = numba.carray(_pointer(a[20], stored), elements)
+        masked_dy = numba.carray(_pointer(a[21], stored), elements) if has_masked_dy else None
+        sum_dy = numba.carray(_pointer(a[22], number), channels)
+        sum_dy_x_hat = numba.carray(_pointer(a[23], number), channels)
+        count = a[24]
         tasks, at_once = blocks * splits, measure and apply and splits == 1
         wide, unit = (16, 8) if panel else (1, 1)
         for phase in (_MEASURED, _APPLIED):
@@ -797,9 +818,11 @@ def _backward_kernel(stored, number, has_mask, has_masked_dy):
             if phase == _APPLIED and measure and splits > 1:
                 _wait_for(p, _MERGED)
             while True:
-                task = _take(p, phase)
-                if task >= tasks:
+                thread, task = _drawn(_take(p, phase), threads, tasks)
+                if thread < 0:
                     break
+                if task >= tasks:
+                    continue
                 if phase == _APPLIED:  # what was read last may still be in the cache
                     task = tasks - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
@@ -821,9 +844,12 @@ def _backward_kernel(stored, number, has_mask, has_masked_dy):
                 if phase == _APPLIED or at_once:
                     rest = (
                         channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
-                        c0, c1, k1, r0, r1,
+                        c0, c1, k1,
                     )  # fmt: skip
-                    _gradient(panel, dy, x, dx, masked_dy, mask, *rest)
+                    middle = _middle(r0, r1, thread, threads, at_once)
+                    _gradient(panel, dy, x, dx, masked_dy, mask, *rest, middle, r1)
+                    if middle > r0:
+                        _gradient(panel, dy, x, dx, masked_dy, mask, *rest, r0, middle)
             settle()
 
     return kernel
@@ -831,7 +857,7 @@ def _backward_kernel(stored, number, has_mask, has_masked_dy):
 
 # --- threads --------------------------------------------------------------------------------------
 
-_ARGUMENTS = 27  # at most
+_ARGUMENTS = 28  # at most
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -904,10 +930,10 @@ def _run(
     """Run a kernel with as many threads as torch uses."""
     _, address, call = kernel
     memory = _borrow(2 * plan.splits * plan.channels)
-    numbers = array.array("q", (0, 0, 0, 0, steps, *plan[:6], memory[1], *arguments))
-    pointer = numbers.buffer_info()[0]
     tasks = plan.tasks
     threads = 1 if tasks == 1 or _after_fork else min(torch.get_num_threads(), tasks)
+    numbers = array.array("q", (0, 0, 0, 0, steps, threads, *plan[:6], memory[1], *arguments))
+    pointer = numbers.buffer_info()[0]
     if threads == 1:
         call(pointer)
     elif _openmp is not None:
