@@ -84,7 +84,8 @@ _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
 # Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
 _TILE, _ROWS = 2048, 128
-_NARROW = 512  # columns of a panel of which four rows fit into the first-level cache, twice
+# Columns of a panel of which four rows fit into the first-level cache, twice.
+_NARROW = 512
 # Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
 # the address waits for it.
 _APART = 80
@@ -527,7 +528,7 @@ def _panel_normalize(
     scales, weights = _per_column(inv_std[k0:], size), _per_column(weight[k0:], size)
     for k in range(size):
         scales[k] *= weights[k]
-    if size <= 1024 or columns % 8:
+    if size <= 2 * _NARROW or columns % 8:
         for r in range(r0, r1):
             _panel_normalize_piece(
                 x, residual, y, mask, columns, middles, shifts, scales, floor, past,
@@ -536,11 +537,11 @@ def _panel_normalize(
         return
     # Coefficients of so many columns do not stay in the first-level cache from row to row.
     for first in range(r0, r1, 4):
-        for k in range(0, size, 512):
+        for k in range(0, size, _NARROW):
             for r in range(first, min(first + 4, r1)):
                 _panel_normalize_piece(
                     x, residual, y, mask, columns, middles[k:], shifts[k:], scales[k:], floor, past,
-                    r * columns + k0 + k, min(size - k, 512), 4,
+                    r * columns + k0 + k, min(size - k, _NARROW), 4,
                 )  # fmt: skip
 
 
@@ -577,23 +578,23 @@ def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, o
     s, q = np.empty((2, size + _APART), mean.dtype)
     first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
     first[:], second[:] = 0, 0
+    in_cache = size <= _NARROW // 2 and x.size * x.itemsize < 2 * _STREAM_FROM
     for r in range(r0, r1, _ROWS):
         s[:], q[:] = 0, 0
         i, end = r, min(r + _ROWS, r1)
-        shared = (columns, size)
-        if size <= _NARROW // 2:
-            while i + 4 <= end:
-                at = i * columns + k0
-                _panel_gradient_rows(dy, x, mask, middles, s, q, at, *shared, 4)
-                i += 4
-        else:
+        if size > _NARROW:
             while i + 8 <= end:
                 at = i * columns + k0
-                _panel_gradient_rows(dy, x, mask, middles, s, q, at, *shared, 8)
+                _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, 8)
                 i += 8
+        elif in_cache:
+            while i + 4 <= end:
+                at = i * columns + k0
+                _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, 4)
+                i += 4
         while i < end:
             at = i * columns + k0
-            _panel_gradient_rows(dy, x, mask, middles, s, q, at, *shared, 1)
+            _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, 1)
             i += 1
         for j in range(0, size, channels):
             for c in range(first.size):
@@ -637,7 +638,7 @@ def _panel_gradient(
     all_a, all_b = _per_column(factors[0], size), _per_column(factors[1], size)
     all_c, middles = _per_column(factors[2], size), _per_column(mean[k0:], size)
     past = _streams(dx, columns) and (masked_dy is None or _streams(masked_dy, columns))
-    if size <= 1024 or columns % 8:
+    if size <= 2 * _NARROW or columns % 8:
         for r in range(r0, r1):
             _panel_gradient_piece(
                 dy, x, dx, masked_dy, mask, columns, all_a, all_b, all_c, middles, past,
@@ -645,11 +646,11 @@ def _panel_gradient(
             )  # fmt: skip
         return
     for first in range(r0, r1, 4):
-        for k in range(0, size, 512):
+        for k in range(0, size, _NARROW):
             for r in range(first, min(first + 4, r1)):
                 _panel_gradient_piece(
                     dy, x, dx, masked_dy, mask, columns, all_a[k:], all_b[k:], all_c[k:],
-                    middles[k:], past, r * columns + k0 + k, min(size - k, 512), 4,
+                    middles[k:], past, r * columns + k0 + k, min(size - k, _NARROW), 4,
                 )  # fmt: skip
 
 
