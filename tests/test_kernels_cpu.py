@@ -1,6 +1,8 @@
 """bnlib.kernels.cpu: equal to the reference, the same bits on any number of threads."""
 
 import concurrent.futures
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,7 +26,16 @@ SHAPES = [
     (8, 20, 17, 19),
     (2, 5, 3, 4, 5),
 ]
-LARGE = [(8, 64, 9, 9), (7, 3, 40, 40), (16, 2, 600), (3000, 11), (4, 1100, 3, 3)]
+LARGE = [
+    (8, 64, 9, 9),
+    (40, 20, 9, 9),
+    (7, 3, 40, 40),
+    (16, 2, 600),
+    (3000, 11),
+    (4, 1100, 3, 3),
+    (133, 1160),
+    (70, 2064, 1, 2),
+]
 
 
 def neighbours(t):
@@ -95,6 +106,17 @@ def test_channel_axis():
     torch.testing.assert_close(dx.movedim(-1, 1), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0), (2, 0, 3), (0, 8, 5, 5)], ids=str)
+def test_nothing_at_all(shape):
+    x, v = torch.empty(shape), torch.ones(shape[1])
+    ours, theirs = cpu.moments(x), reference.moments(x)
+    assert ours.count == theirs.count
+    assert torch.equal(ours.mean, theirs.mean) and torch.equal(ours.m2, theirs.m2)
+    assert cpu.normalize(x, v, v).shape == x.shape
+    assert all(torch.equal(s, torch.zeros_like(v)) for s in cpu.grad_sums(x, x, v, v))
+    assert cpu.grad_input(x, x, v, v, None, v, v, 1).shape == x.shape
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e7])
 @pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,6 +169,7 @@ def test_same_bits_on_any_number_of_threads(shape, lanes, monkeypatch):
 STREAMED = [
     ((33, 16, 64, 64), torch.float32, False),
     ((33, 16, 64, 64), torch.float32, True),
+    ((33, 32, 64, 64), torch.float32, True),
     ((3, 700, 32, 32), torch.float32, True),
     ((33, 16, 64, 64), torch.bfloat16, False),
     ((33, 8, 64, 64), torch.float64, True),
@@ -234,6 +257,36 @@ def test_in_forked_data_loader_workers():
         data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
     assert list(loader) == expected
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+def test_another_process_finds_what_was_compiled(kernel):
+    """Numba's key for a closure is what it closes over, which must not differ from run to run."""
+    cpu._compiled(getattr(cpu, kernel), torch.float32, True, False)
+    code = (
+        "import torch\nfrom bnlib.kernels import cpu\n"
+        f"kernel, *_ = cpu._compiled(cpu.{kernel}, torch.float32, True, False)\n"
+        "print(kernel.cache_hits)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "1"
+
+
+def test_a_late_thread_finds_the_work_done():
+    """Of a team of 16 on fewer cores, some threads begin when nothing is left to do."""
+    x, dy, _, weight, bias = tensors((64, 40, 9, 9), torch.float32, lanes=True)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 16):
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                y, m, inv_std = cpu.moments_and_normalize(x, weight, bias, 1e-5)
+                dx, *_ = cpu.grad_sums_and_input(dy, x, m.mean, inv_std, weight, m.count)
+                results.append((y, dx))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
 
 
 def test_works_where_nothing_can_be_cached():

@@ -10,6 +10,8 @@ import torch
 from bnlib.kernels.lanes import (
     as_stored,
     at_least,
+    fetch,
+    fetch_far,
     keep,
     lanes_in,
     load,
@@ -129,6 +131,22 @@ def test_what_is_streamed_is_what_is_stored(dtype):
     # float16 is narrowed by an instruction that also stores it, which knows no such hint.
     if platform.machine().lower() in ("x86_64", "amd64") and dtype != torch.float16:
         assert "movnt" in stream_all.inspect_asm(stream_all.signatures[-1])
+
+
+@numba.njit
+def fetch_both(x, i):
+    fetch(x, i)
+    fetch_far(x, i)
+
+
+def test_what_is_asked_for_may_lie_anywhere():
+    x = np.arange(3.0)
+    for i in (0, 5, 1 << 40, -(1 << 40)):
+        fetch_both(x, i)
+    assert (x == [0, 1, 2]).all()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        code = fetch_both.inspect_asm(fetch_both.signatures[-1])
+        assert "prefetcht0" in code and "prefetcht1" in code
 
 
 @numba.njit

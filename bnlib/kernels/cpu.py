@@ -983,7 +983,8 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
     while channels and 2 * repeat * channels <= 256 and rows % (16 * repeat) == 0:
         repeat *= 2
     rows //= repeat
-    blocks = -(-channels // _WIDE) if channels % 8 == 0 else 1  # a block's bits begin with a byte
+    # A block's bits begin with a byte.
+    blocks = max(1, -(-channels // _WIDE)) if channels % 8 == 0 else 1
     elements = rows * (channels * repeat // blocks)
     splits = min(rows >> 6, max(min(8, elements >> 15), min(64, elements >> 17)))
     splits = 1 << max(splits.bit_length() - 1, 0)  # evenly among two threads, or four
@@ -1113,7 +1114,7 @@ def _bits_of(value: float) -> int:
 
 
 def _count(x: Tensor) -> int:
-    return x.numel() // max(x.shape[1], 1)
+    return x.numel() // x.shape[1] if x.shape[1] else x.shape[0] * math.prod(x.shape[2:])
 
 
 def moments(x: Tensor, channel_axis: int = 1) -> Moments:
