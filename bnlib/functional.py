@@ -24,7 +24,7 @@ _TAKEN = {
 }
 
 
-# What every call asks: each step on the way to a function costs a call that finds the caches cold.
+# Asked in every call, and so by the shortest way: where the caches are cold, each step of it costs.
 _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
@@ -522,10 +522,13 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     if _transforms_are_active():
         return True
     is_dual_level = forward_ad._current_level >= 0  # asking every tensor takes longer
+    is_eager = not _is_compiling()
     for t in tensors:
         if t is None:
             continue
-        if _is_wrapped(t) or (is_dual_level and forward_ad.unpack_dual(t).tangent is not None):
+        if is_eager and _is_wrapped(t):
+            return True
+        if is_dual_level and forward_ad.unpack_dual(t).tangent is not None:
             return True
     return False
 

@@ -437,6 +437,21 @@ def test_fused_keeps_x_and_at_most_a_bit_per_element(shape, backend):
     y.backward(dy)
 
 
+@pytest.mark.parametrize("which", ["input", "weight", "residual"])
+def test_what_a_transform_has_left_behind(which):
+    x, weight, *_, residual = case((4, 3, 5), torch.float32)
+    given = {"input": x, "weight": weight, "residual": residual}
+
+    def run_layer(given):
+        tensors = (given["input"], None, None, given["weight"], None, True)
+        return batch_norm(*tensors, residual=given["residual"])
+
+    left = []
+    torch.func.grad(lambda t: [left.append(t * 1), t.sum()][1])(given[which])
+    assert torch._C._functorch.is_dead_tensor_wrapper(left[0])
+    torch.testing.assert_close(run_layer(given | {which: left[0]}), run_layer(given))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_no_mask_where_no_gradient_will_be(mode, backend, monkeypatch):
     x, weight, bias, *_ = case((5, 2, 3))

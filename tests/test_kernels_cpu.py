@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnlib import reference
 from bnlib.functional import batch_norm
@@ -287,6 +288,16 @@ def test_a_late_thread_finds_the_work_done():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+def test_a_mode_leaves_nothing_behind():
+    x = torch.randn(5, 1234)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(TypeError, match="no mode in which a new tensor is a FakeTensor"),
+    ):
+        cpu.moments(x)
+    torch.testing.assert_close(cpu.moments(x), reference.moments(x))
 
 
 def test_works_where_nothing_can_be_cached():

@@ -71,7 +71,7 @@ def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
     monkeypatch.setattr(gpu, "supports", lambda x: x.is_supported)
     for is_supported, expected in ((True, gpu), (False, reference)):
         on = types.SimpleNamespace(
-            device=torch.device("cuda"), numel=lambda: 1, is_supported=is_supported
+            is_cpu=False, is_cuda=True, numel=lambda: 1, is_supported=is_supported
         )
         assert functional._kernels(on, "auto") is expected
 
@@ -573,7 +573,7 @@ class Broken:
             raise OSError("libcuda.so.1: cannot open shared object file")
 
 sys.meta_path.insert(0, Broken())
-on_a_gpu = types.SimpleNamespace(device=torch.device("cuda"), numel=lambda: 1)
+on_a_gpu = types.SimpleNamespace(is_cpu=False, is_cuda=True, numel=lambda: 1)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     assert functional._kernels(on_a_gpu, "auto") is reference

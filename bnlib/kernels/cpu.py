@@ -1013,7 +1013,10 @@ def _checked(
 @functools.lru_cache(maxsize=256)
 def _constant(value: float, channels: int, dtype: torch.dtype) -> Tensor:
     """One value for every channel; not to be written to."""
-    return torch.full((channels,), value, dtype=dtype, device="cpu")
+    t = torch.full((channels,), value, dtype=dtype, device="cpu")
+    if type(t) is not Tensor:  # it would serve later calls too
+        raise TypeError(f"expected no mode in which a new tensor is a {type(t).__name__}")
+    return t
 
 
 def _empty_vectors(count: int, x: Tensor) -> list[Tensor]:
@@ -1089,7 +1092,8 @@ def _forward(
     mean, m2, inv_std = statistics
     if x.numel() == 0:
         if mean is not None and m2 is not None:
-            mean.zero_(), m2.zero_()
+            mean.zero_()
+            m2.zero_()
         return y
     residual = None if residual is None else _beside(residual, x)
     weight, bias = _vector(weight, 1, x), _vector(bias, 0, x)
