@@ -228,8 +228,8 @@ def measure_shape(layout: str, n: int, c: int, h: int, quick: bool, with_compile
     ]
 
 
-def training_models(bottleneck: bool, layout: str) -> tuple[dict, Callable[[str], None]]:
-    """A residual network with torch's batch norm, with ours, and fused; what trains one of them.
+def training_models(bottleneck: bool, layout: str) -> tuple[dict, Callable[[str], None], dict]:
+    """A residual network with torch's batch norm, with ours, and fused; what trains one; its input.
 
     The data are photo patches; a step is one of 128 of them.
     """
@@ -300,13 +300,14 @@ def training_models(bottleneck: bool, layout: str) -> tuple[dict, Callable[[str]
         torch.nn.functional.cross_entropy(models[name](images), labels).backward()
         optimizers[name].step()
 
-    return models, step
+    batch, channels, size, _ = images.shape
+    return models, step, {"layout": layout, "batch": batch, "channels": channels, "size": size}
 
 
 def measure_training(quick: bool) -> list[dict]:
     rows = []
     for bottleneck, layout in itertools.product((False, True), ("contiguous", "channels_last")):
-        models, step = training_models(bottleneck, layout)
+        models, step, shape = training_models(bottleneck, layout)
         times: dict[str, list[float]] = {name: [] for name in models}
         for repetition in range(-2, 5 if quick else 21):
             for name in models if repetition % 2 else reversed(models):
@@ -314,7 +315,6 @@ def measure_training(quick: bool) -> list[dict]:
                 step(name)
                 if repetition >= 0:
                     times[name].append(time.perf_counter() - start)
-        shape = {"layout": layout, "batch": 128, "channels": 3, "size": 16}
         eager = times["eager"]
         kind = "training step, bottlenecks" if bottleneck else "training step"
         pairs = {kind: times["bnlib"], f"{kind}, fused": times["fused"]}

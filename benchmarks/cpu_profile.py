@@ -1,6 +1,6 @@
 """Show what a layer's time on the CPU is made of, next to PyTorch's.
 
-    python benchmarks/cpu_profile.py            # with one thread; prints three tables, 2 minutes
+    python benchmarks/cpu_profile.py            # with one thread; prints four tables, 2 minutes
     OMP_NUM_THREADS=2 python benchmarks/cpu_profile.py
 
 1. The floor of a call: a layer on a few numbers, with what it needs still in the processor's
@@ -10,12 +10,17 @@
 2. The kernels alone, in units of one copy of the same tensor into memory that is already there.
 3. The operators of a training step, of the networks that benchmarks/cpu.py measures: the share of
    batch norm, addition and ReLU is all that a faster layer can win.
+4. The first call of a new installation, which compiles, and that of a later process.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 import numpy as np
@@ -49,6 +54,7 @@ def main() -> None:
     calls()
     passes()
     steps()
+    first_calls()
 
 
 def median(function, before=lambda: None) -> float:
@@ -138,7 +144,7 @@ def passes() -> None:
 
 def steps() -> None:
     for bottleneck, layout in itertools.product((False, True), ("contiguous", "channels_last")):
-        models, step = training_models(bottleneck, layout)
+        models, step, _ = training_models(bottleneck, layout)
         print(f"\n{'bottlenecks' if bottleneck else 'pairs of 3 x 3'}, {layout}: ms of a step")
         for name in models:
             step(name)
@@ -153,6 +159,35 @@ def steps() -> None:
             print(
                 f"  {name:8} batch norm, addition, ReLU {ours:7.2f} ({share:.0%}), rest {rest:8.2f}"
             )
+
+
+FIRST_CALLS = """
+import time
+import torch
+from bnlib.functional import batch_norm
+
+x = torch.randn(8, 16, 5, 5, requires_grad=True)
+for fused in ({}, {"residual": x, "activation": "relu"}):
+    start = time.perf_counter()
+    y = batch_norm(x, None, None, training=True, **fused)
+    middle = time.perf_counter()
+    y.sum().backward()
+    print(f"{middle - start:9.1f} + {time.perf_counter() - middle:.1f}", end="")
+"""
+
+
+def first_calls() -> None:
+    print(
+        "\nseconds of the first call in float32: forward + backward, and the same with ReLU fused"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"NUMBA_CACHE_DIR": cache}
+        for name in ("new installation", "later process"):
+            command = [sys.executable, "-c", FIRST_CALLS]
+            said = subprocess.run(
+                command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+            print(f"{name:16}{said}")
 
 
 # In the names of the profiler: the layer and ReLU; "aten::add" is the residual's addition.

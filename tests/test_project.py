@@ -236,6 +236,8 @@ def test_readme_quotes_the_measured_ratios():
             found = measured(rows, "compile_ratio", threads="2", huge_pages=pages, **where)
             against_compile.append(f"{mean(found):.2f}")
     assert "{} and {} for NCHW, {} and {} for channels_last".format(*against_compile) in readme
+    tiny = {"channels": "1000", "size": "1", "operation": "forward+backward", "threads": "1"}
+    assert f"take {1 / mean(measured(rows, 'eager_ratio', **tiny)):.1f} times PyTorch's" in readme
     for kind in ("training step", "training step, bottlenecks"):
         steps = [
             ratio

@@ -700,15 +700,27 @@ _MEASURE, _APPLY = 1, 2
 
 
 @_jit
-def _drawn(draw, threads, tasks):
-    """Which thread's turn it is, -1 after the last, and its task: each has a stretch of its own.
+def _takes_place(phase, measure, apply, splits):
+    """Whether a phase is due; what is applied at once has no phase of its own."""
+    return measure if phase == _MEASURED else apply and not (measure and splits == 1)
 
-    So that threads which start together do not write to the same fresh huge page: Linux would let
-    each of them clear one.
+
+@_jit
+def _next(p, phase, threads, tasks):
+    """Draw a task: whose turn it is, -1 after the last, and its number.
+
+    Each thread has a stretch of its own, so that those which start together do not write to the
+    same fresh huge page: Linux would let each of them clear one.
     """
     each = (tasks + threads - 1) // threads
-    thread, task = draw % threads, draw // threads
-    return (thread, thread * each + task) if task < each else (-1, 0)
+    while True:
+        draw = _take(p, phase)
+        thread, task = draw % threads, draw // threads
+        if task >= each:
+            return -1, 0
+        task += thread * each
+        if task < tasks:  # what was read last may still be in the cache, and is applied first
+            return thread, tasks - 1 - task if phase == _APPLIED else task
 
 
 @_jit
@@ -741,23 +753,16 @@ def _forward_kernel(stored, number, has_mask, has_residual):
         tasks, at_once = blocks * splits, measure and apply and splits == 1
         wide, unit = (16, 8) if panel else (1, 1)
         for phase in (_MEASURED, _APPLIED):
-            if (phase == _MEASURED and not measure) or (
-                phase == _APPLIED and (at_once or not apply)
-            ):
+            if not _takes_place(phase, measure, apply, splits):
                 continue
-            if phase == _APPLIED:
-                if measure and splits > 1:
-                    _wait_for(p, _MERGED)
-                if mask is not None:
-                    unit = 8  # so that no two tasks share a byte
+            if phase == _APPLIED and measure:
+                _wait_for(p, _MERGED)
+            if phase == _APPLIED and mask is not None:
+                unit = 8  # so that no two tasks share a byte
             while True:
-                thread, task = _drawn(_take(p, phase), threads, tasks)
+                thread, task = _next(p, phase, threads, tasks)
                 if thread < 0:
                     break
-                if task >= tasks:
-                    continue
-                if phase == _APPLIED:  # what was read last may still be in the cache
-                    task = tasks - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
                 r0, r1 = _cut(task % splits, splits, rows, unit)
                 k1 = columns if blocks == 1 else c1
@@ -782,9 +787,9 @@ def _forward_kernel(stored, number, has_mask, has_residual):
                 if phase == _APPLIED or at_once:
                     middle = _middle(r0, r1, thread, threads, at_once)
                     rest = (channels, size, weight, bias, mean, inv_std, floor, c0, c1, k1)
-                    _normalize(panel, x, residual, y, mask, *rest, middle, r1)
-                    if middle > r0:
-                        _normalize(panel, x, residual, y, mask, *rest, r0, middle)
+                    for n0, n1 in ((middle, r1), (r0, middle)):
+                        if n0 < n1:
+                            _normalize(panel, x, residual, y, mask, *rest, n0, n1)
             settle()
 
     return kernel
@@ -812,20 +817,14 @@ def _backward_kernel(stored, number, has_mask, has_masked_dy):
         tasks, at_once = blocks * splits, measure and apply and splits == 1
         wide, unit = (16, 8) if panel else (1, 1)
         for phase in (_MEASURED, _APPLIED):
-            if (phase == _MEASURED and not measure) or (
-                phase == _APPLIED and (at_once or not apply)
-            ):
+            if not _takes_place(phase, measure, apply, splits):
                 continue
-            if phase == _APPLIED and measure and splits > 1:
+            if phase == _APPLIED and measure:
                 _wait_for(p, _MERGED)
             while True:
-                thread, task = _drawn(_take(p, phase), threads, tasks)
+                thread, task = _next(p, phase, threads, tasks)
                 if thread < 0:
                     break
-                if task >= tasks:
-                    continue
-                if phase == _APPLIED:  # what was read last may still be in the cache
-                    task = tasks - 1 - task
                 c0, c1 = _cut(task // splits, blocks, channels, wide)
                 r0, r1 = _cut(task % splits, splits, rows, unit)
                 k1 = columns if blocks == 1 else c1
@@ -848,9 +847,9 @@ def _backward_kernel(stored, number, has_mask, has_masked_dy):
                         c0, c1, k1,
                     )  # fmt: skip
                     middle = _middle(r0, r1, thread, threads, at_once)
-                    _gradient(panel, dy, x, dx, masked_dy, mask, *rest, middle, r1)
-                    if middle > r0:
-                        _gradient(panel, dy, x, dx, masked_dy, mask, *rest, r0, middle)
+                    for n0, n1 in ((middle, r1), (r0, middle)):
+                        if n0 < n1:
+                            _gradient(panel, dy, x, dx, masked_dy, mask, *rest, n0, n1)
             settle()
 
     return kernel
