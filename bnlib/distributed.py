@@ -14,13 +14,13 @@ from bnlib.moments import Moments, merge
 def sync_moments(local: Moments, group: dist.ProcessGroup | None = None) -> Moments:
     """Return the moments of all ranks' values together, the same on every rank to the last bit.
 
-    One all-gather of (mean, m2, count), 2C + 2 numbers a rank, then :func:`bnlib.merge`::
+    One all-gather of (mean, σ², count), 2C + 2 numbers a rank, then :func:`bnlib.merge`::
 
         n = Σ nᵣ,  mean = Σ nᵣ meanᵣ / n,  m2 = Σ [m2ᵣ + nᵣ (meanᵣ - mean)²]
 
     Args:
-        local: this rank's :class:`~bnlib.Moments`, with tensors of shape (C,), float32 or float64,
-            on a device of the group's backend. Shards may be uneven, and empty (count 0).
+        local: this rank's :class:`~bnlib.Moments`, with tensors of shape (C,), a mean of float32 or
+            float64, on a device of the group's backend. Shards may be uneven, and empty (count 0).
         group: the process group; None is the default group.
 
     Returns:
@@ -38,14 +38,16 @@ def sync_moments(local: Moments, group: dist.ProcessGroup | None = None) -> Mome
     if ranks == 1:
         return local
     mean, channels = local.mean, local.mean.shape[0]
+    # What is sent has the dtype of the mean, which the sum of squares may be too large for.
+    var = (local.m2 / max(local.count, 1)).to(mean.dtype)
     # The count travels as the bits of an int64: as a float it would be rounded above 2^24.
     count = torch.tensor([local.count], dtype=torch.int64, device=mean.device).view(mean.dtype)
-    mine = torch.cat([mean, local.m2, count]).detach()
+    mine = torch.cat([mean, var, count]).detach()
     rows = mine.new_empty(ranks, mine.shape[0])
     _collective("all_gather", group, dist.all_gather, list(rows.unbind()), mine)
     counts = rows[:, 2 * channels :].contiguous().view(torch.int64).flatten().tolist()
     parts = [
-        Moments(n, row[:channels], row[channels : 2 * channels])
+        Moments(n, row[:channels], row[channels : 2 * channels].to(local.m2.dtype) * n)
         for n, row in zip(counts, rows, strict=True)
     ]
     return merge(*parts)

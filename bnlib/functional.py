@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bnlib import reference
-from bnlib.kernels import check_like, check_vectors, dense, empty_mask, pack_mask, unpack_mask
+from bnlib.kernels import (
+    check_beside,
+    check_per_channel,
+    dense,
+    empty_mask,
+    is_plain,
+    pack_mask,
+    unpack_mask,
+)
 from bnlib.moments import Moments
 
 BACKENDS = ("auto", "reference", "cpu", "gpu")
@@ -78,7 +86,9 @@ def batch_norm(
         training: take the statistics of the batch (True) or the running ones (False).
         momentum: weight of the new batch in the running statistics.
         eps: ε; > 0 in training, >= 0 in evaluation.
-        residual: tensor with the shape and dtype of ``input``, added before the activation.
+        residual: added before the activation. One with the shape and dtype of ``input`` is added in
+            the same pass, any other (a float32 one beside 16 bits under autocast, or one that
+            broadcasts) afterwards, by torch and its rules for both.
         activation: None or "relu". For the backward pass one bit per element is kept, not the
             output.
         process_group: a torch.distributed group whose ranks share the batch's statistics (in
@@ -115,12 +125,15 @@ def batch_norm(
     _check(
         input, running_mean, running_var, weight, bias, training, eps, residual, activation, backend
     )
-    if training and process_group is None and input.numel() == input.shape[1] > 0:
-        raise ValueError(
-            "expected more than 1 value per channel in training, "
-            f"got input of shape {tuple(input.shape)}"
-        )
     group = process_group if training else None
+    if training and group is None:
+        _check_count(input)
+    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
+        where = {"process_group": process_group, "backend": backend}
+        y = batch_norm(*tensors, training, momentum, eps, **where)
+        return _activate(y, residual, activation)  # by torch's rules for unlike tensors
+    if not training and torch.is_grad_enabled() and _require_grad(running_mean, running_var):
+        return _activate(_differentiable(*tensors, training, momentum, eps), residual, activation)
     if group is None and _is_traced():
         forced = backend in ("cpu", "gpu") and input.numel() > 0
         if forced and not _is_transformed(input, weight, bias, residual):
@@ -137,9 +150,9 @@ def batch_norm(
     apply = _apply
     if _is_compiling():  # and synchronised: this call stays out of the graph
         apply = torch.compiler.disable(_BatchNorm.apply)
-    relu, kernels = activation == "relu", _kernels(input, backend)
-    options = (training, momentum, eps, relu, group, kernels, torch.is_grad_enabled())
-    return apply(input, weight, bias, residual, (running_mean, running_var, *options))
+    relu, kernels = activation == "relu", _kernels(backend, *tensors, residual)
+    how = (training, momentum, eps, relu, group, kernels, torch.is_grad_enabled())
+    return apply(input, weight, bias, residual, (running_mean, running_var, *how))
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -169,17 +182,19 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, mean, inv_std, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         eps, group, kernels, count = ctx.options
-        if torch.is_grad_enabled() or _is_batched(dy):
+        is_first = not (torch.is_grad_enabled() or _is_batched(dy))
+        if not (is_first and is_plain(dy)):
+            dy, mask = _behind_relu(kernels, dy, mask, x), None
+            kernels = reference
+        if not is_first:
             # The gradient is to be differentiated again, or dy is a batch of them: by torch
             # operations, with statistics that depend on x, or else a third derivative would take
             # them for constants.
             if group is not None:
                 raise RuntimeError("synchronised batch norm has one first derivative at a time")
-            dy, mask = _behind_relu(kernels, dy, mask, x), None
-            kernels = reference
             if count is not None:
                 batch = reference.moments(x)
-                mean, inv_std = batch.mean, torch.rsqrt(batch.m2 / max(count, 1) + eps)
+                mean, inv_std = batch.mean, _inv_std(batch, eps)
         saved = (x, weight, mean, inv_std, mask, count)
         needs = (need_x, need_weight or need_bias, need_residual)
         dx, sum_dy, sum_dy_x_hat, dresidual = _backward(kernels, dy, *saved, *needs, group)
@@ -237,7 +252,9 @@ def _forward(
                 raise ValueError(
                     "expected more than 1 value per channel over all ranks in training, got 1"
                 )
-        inv_std = torch.rsqrt(batch.m2 / max(batch.count, 1) + eps)
+            if callable(momentum):
+                momentum = momentum(batch.count)
+        inv_std = _inv_std(batch, eps)
         y = _normalize(kernels, x, batch.mean, inv_std, weight, bias, *fused)
     if not running:
         _update(running_mean, running_var, batch, momentum)
@@ -286,6 +303,10 @@ def _backward(
     return dx, *sums, dresidual
 
 
+def _inv_std(batch: Moments, eps: float) -> Tensor:
+    return torch.rsqrt(batch.m2 / max(batch.count, 1) + eps).to(batch.mean.dtype)
+
+
 def _behind_relu(kernels: Any, dy: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
     """Return the gradient at the input of the ReLU that filled ``mask``, or of none."""
     if mask is None:
@@ -318,8 +339,8 @@ def _recorded(
     tensors = (x, running_mean, running_var, weight, bias, residual)
     y, statistics, _ = _operator(*tensors, training, eps, relu, relu and needs_grad, backend)
     if training:
-        batch = Moments(x.numel() // x.shape[1], statistics[0], statistics[1])
-        _update(running_mean, running_var, batch, momentum)
+        _move(running_mean, statistics[0], momentum)
+        _move(running_var, statistics[1], momentum)
     return y
 
 
@@ -337,14 +358,21 @@ def _operator(
     keep_mask: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the rows mean, m2 and inv_std, and the mask; the running statistics stay."""
+    """Return y, the rows mean, unbiased variance and inv_std, and the mask.
+
+    The running statistics stay as they are.
+    """
+    given = (x, running_mean, running_var, weight, bias)
+    _check(*given, training, eps, residual, "relu" if relu else None, _forced(backend))
+    if training:
+        _check_count(x)
     x = dense(x)
     running = (None, None) if training else (running_mean, running_var)
     options = (training, 0.0, eps, relu, keep_mask, None)
     tensors = (x, *running, weight, bias, residual)
-    y, mean, inv_std, mask, batch = _forward(_kernels(x, backend), *tensors, *options)
-    m2 = torch.zeros_like(mean) if batch is None else batch.m2
-    statistics = torch.stack((mean, m2, inv_std)).to(_widened(x))
+    y, mean, inv_std, mask, batch = _forward(_kernels(backend, *tensors), *tensors, *options)
+    var = batch.var(correction=1) if batch is not None and batch.count else torch.zeros_like(mean)
+    statistics = torch.stack((mean, var, inv_std)).to(_widened(x))
     return dense(y, x), statistics, _nothing(x) if mask is None else mask
 
 
@@ -364,7 +392,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(x)
     statistics = x.new_empty((3, x.shape[1]), dtype=_widened(x))
-    make = getattr(_module(backend), "empty_mask", empty_mask) if keep_mask else _nothing
+    make = getattr(_module(_forced(backend)), "empty_mask", empty_mask) if keep_mask else _nothing
     return torch.empty_like(x), statistics, make(x)
 
 
@@ -382,8 +410,13 @@ def _operator_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, the rows sum_dy and sum_dy_x_hat, and dy behind the ReLU; empty if not needed."""
+    if statistics.shape != (3, x.shape[1]):
+        raise ValueError(
+            f"expected statistics of shape (3, {x.shape[1]}) for input of shape {tuple(x.shape)}, "
+            f"got shape {tuple(statistics.shape)}"
+        )
     x = dense(x)
-    kernels, (mean, _, inv_std) = _kernels(x, backend), statistics
+    kernels, (mean, _, inv_std) = _kernels(_forced(backend), x), statistics
     saved = (x, weight, mean, inv_std, mask, x.numel() // x.shape[1] if training else None)
     needs = (need_x, need_sums, need_residual)
     dx, *sums, dresidual = _backward(kernels, dy, *saved, *needs, None)
@@ -443,6 +476,12 @@ def _differentiate(ctx: Any, dy: Tensor, *unused: Any) -> tuple[Any, ...]:
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
+def _forced(backend: str) -> str:
+    if backend not in ("cpu", "gpu"):
+        raise ValueError(f"expected backend 'cpu' or 'gpu', got {backend!r}")
+    return backend
+
+
 def _nothing(like: Tensor) -> Tensor:
     """The mask or gradient that is not needed."""
     return like.new_empty(0)
@@ -470,7 +509,7 @@ def _check(
         raise TypeError(f"expected input with a real floating dtype, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"expected input of rank >= 2 (N, C, ...), got shape {tuple(input.shape)}")
-    check_vectors(
+    check_per_channel(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     if (running_mean is None) != (running_var is None) or (not training and running_mean is None):
@@ -481,11 +520,36 @@ def _check(
         )
     if not (eps > 0 if training else eps >= 0):
         raise ValueError(f"expected eps {'> 0 in training' if training else '>= 0'}, got {eps}")
-    check_like(input, residual=residual)
+    if residual is not None:
+        _check_residual(input, residual)
     if activation not in (None, "relu"):
         raise ValueError(f"expected activation None or 'relu', got {activation!r}")
     if backend not in BACKENDS:
         raise ValueError(f"expected backend in {BACKENDS}, got {backend!r}")
+
+
+def _check_count(input: Tensor) -> None:
+    if input.numel() == input.shape[1] > 0:
+        raise ValueError(
+            "expected more than 1 value per channel in training, "
+            f"got input of shape {tuple(input.shape)}"
+        )
+
+
+def _check_residual(input: Tensor, residual: Tensor) -> None:
+    check_beside("residual", residual, input.device)
+    if residual.shape != input.shape:
+        try:
+            torch.broadcast_shapes(residual.shape, input.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"expected residual of a shape that broadcasts with {tuple(input.shape)}, "
+                f"got {tuple(residual.shape)}"
+            ) from None
+
+
+def _require_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _torch_is_as_good(
@@ -577,22 +641,22 @@ def _activate(y: Tensor, residual: Tensor | None, activation: str | None) -> Ten
     return y if activation is None else torch.relu(y)
 
 
-@torch.no_grad()
 def _update(
     running_mean: Tensor | None, running_var: Tensor | None, batch: Moments, momentum: float
 ) -> None:
     """Move the running statistics, in place, towards those of a batch."""
     if running_mean is None or running_var is None or batch.count == 0:
         return
-    for running, new in (
-        (running_mean, batch.mean.detach()),
-        (running_var, batch.m2.detach() / (batch.count - 1)),
-    ):
-        if running.dtype == new.dtype:
-            running.lerp_(new, momentum)
-        else:
-            dtype = torch.promote_types(running.dtype, new.dtype)
-            running.copy_(torch.lerp(running.to(dtype), new.to(dtype), momentum))
+    _move(running_mean, batch.mean, momentum)
+    _move(running_var, batch.var(correction=1), momentum)
+
+
+@torch.no_grad()
+def _move(running: Tensor | None, new: Tensor, momentum: float) -> None:
+    if running is None:
+        return
+    wide = torch.promote_types(running.dtype, new.dtype)
+    running.copy_((1 - momentum) * running.to(wide) + momentum * new.detach())
 
 
 def _normalize(
@@ -618,14 +682,16 @@ def _normalize(
     return torch.relu(y) if relu else y
 
 
-def _kernels(x: Tensor, backend: str) -> ModuleType:
-    """The module whose primitives serve ``x``."""
+def _kernels(backend: str, x: Tensor, *others: Tensor | None) -> ModuleType:
+    """The module whose primitives serve ``x``, beside the other tensors."""
     if backend == "reference" or x.numel() == 0:
         return reference
     if backend == "auto":
         name = "cpu" if x.is_cpu else "gpu" if x.is_cuda else None
         kernels = None if name is None else _load(name)
-        return kernels if kernels is not None and kernels.supports(x) else reference
+        if kernels is not None and kernels.supports(x) and is_plain(*others):
+            return kernels
+        return reference
     kernels = _module(backend)
     if not kernels.supports(x):
         raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from array_api_compat import array_namespace
+import numpy as np
+from array_api_compat import array_namespace, device
 
 from bnlib.axes import per_channel, reduction_axes
 
@@ -25,7 +26,8 @@ class Moments(NamedTuple):
     Attributes:
         count: values per channel, an ``int``; 0 for an empty part, whose mean and m2 are 0.
         mean: shape (C,), at least float32.
-        m2: shape (C,), dtype of ``mean``, >= 0; in the square of the input's unit.
+        m2: shape (C,), >= 0, in the square of the input's unit; float64, where the library has it,
+            since a sum of squares leaves the range of float32 long before the variance does.
 
     Source: Chan, Golub & LeVeque (1983). Derived in *Forward, and what ε does*.
     """
@@ -42,7 +44,7 @@ class Moments(NamedTuple):
                 unbiased one, which PyTorch keeps in ``running_var``.
 
         Returns:
-            Array of shape (C,), dtype of ``m2``.
+            Array of shape (C,), dtype of ``mean``.
 
         Raises:
             ValueError: ``count <= correction``, for which the variance is not defined.
@@ -52,7 +54,8 @@ class Moments(NamedTuple):
                 f"expected more than {correction} values per channel for the variance with "
                 f"correction={correction}, got count={self.count}"
             )
-        return self.m2 / int(self.count - correction)  # a NumPy integer would promote float32
+        var = self.m2 / int(self.count - correction)  # a NumPy integer would promote float32
+        return array_namespace(var).astype(var, self.mean.dtype, copy=False)
 
 
 def moments(x: Any, channel_axis: int = 1) -> Moments:
@@ -69,11 +72,12 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
         channel_axis: the axis that is kept.
 
     Returns:
-        :class:`Moments` with mean and m2 of shape (C,), float64 for float64 input, else float32
-        (16-bit input is accumulated in float32).
+        :class:`Moments` of shape (C,): the mean float64 for float64 input, else float32 (so for
+        16-bit input); m2 in the widest dtype of the library and the device.
 
     Raises:
-        TypeError: ``x`` is not an array, or its dtype is not real floating.
+        TypeError: ``x`` is not an array, its dtype is not real floating, or it is a NumPy masked
+            array, whose channels would each need a count of their own.
         ValueError: rank < 2 or ``channel_axis`` out of range.
 
     Source: Chan, Golub & LeVeque (1983), equation 1.7 (corrected two-pass), with the correction
@@ -89,12 +93,13 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
     axes = reduction_axes(x.ndim, channel_axis)
     count = math.prod(x.shape[axis] for axis in axes)
     x = at_least_float32(xp, x)
+    wide = _widest(xp, x)
     if count == 0:
-        return Moments(0, xp.sum(x, axis=axes), xp.sum(x, axis=axes))
+        return Moments(0, xp.sum(x, axis=axes), xp.sum(x, axis=axes, dtype=wide))
     mean = xp.mean(x, axis=axes)
     d = x - per_channel(mean, x.ndim, channel_axis)
     rest = xp.mean(d, axis=axes)
-    d = d - per_channel(rest, x.ndim, channel_axis)
+    d = xp.astype(d - per_channel(rest, x.ndim, channel_axis), wide, copy=False)
     return Moments(count, mean + rest, xp.sum(d * d, axis=axes))
 
 
@@ -115,7 +120,7 @@ def merge(*parts: Moments) -> Moments:
             count 0 are allowed and change nothing.
 
     Returns:
-        :class:`Moments` of all values together, in the parts' dtype.
+        :class:`Moments` of all values together, in the parts' dtypes.
 
     Raises:
         TypeError: something that is not :class:`Moments`, or parts from different array libraries.
@@ -134,7 +139,7 @@ def merge(*parts: Moments) -> Moments:
     for part in parts:
         if not isinstance(part, Moments):
             raise TypeError(f"expected Moments, as in merge(a, b), got {type(part).__name__}")
-    floating_namespace(**{f"parts[{i}].mean": part.mean for i, part in enumerate(parts)})
+    xp = floating_namespace(**{f"parts[{i}].mean": part.mean for i, part in enumerate(parts)})
     shapes = sorted({tuple(part.mean.shape) for part in parts})
     if len(shapes) > 1:
         raise ValueError(f"expected parts with the same channels, got means of shapes {shapes}")
@@ -145,7 +150,10 @@ def merge(*parts: Moments) -> Moments:
     count = sum(n for n, _, _ in filled)
     first = filled[0][1]
     mean = first + sum((n / count) * (part_mean - first) for n, part_mean, _ in filled)
-    m2 = sum(part_m2 + n * (part_mean - mean) ** 2 for n, part_mean, part_m2 in filled)
+    m2 = sum(
+        part_m2 + n * xp.astype(part_mean - mean, part_m2.dtype) ** 2
+        for n, part_mean, part_m2 in filled
+    )
     return Moments(count, mean, m2)
 
 
@@ -166,6 +174,12 @@ def floating_namespace(**arrays: Any) -> Any:
             f"{name}: {type(a).__module__}.{type(a).__qualname__}" for name, a in given.items()
         )
         raise TypeError(f"expected arrays of one array-API library, got {kinds}") from None
+    for name, array in given.items():
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(
+                f"expected {name} without a mask, got a masked array: its channels would have "
+                "different counts of values"
+            )
     for name, dtype in dtypes.items():
         if not xp.isdtype(dtype, "real floating"):
             raise TypeError(f"expected {name} with a real floating dtype, got {dtype}")
@@ -175,3 +189,9 @@ def floating_namespace(**arrays: Any) -> Any:
 def at_least_float32(xp: Any, x: Any) -> Any:
     """Return ``x``, or its float32 copy if its dtype has fewer than 32 bits."""
     return xp.astype(x, xp.float32) if xp.finfo(x.dtype).bits < 32 else x
+
+
+def _widest(xp: Any, x: Any) -> Any:
+    """Return float64, or the dtype of ``x`` where its library or its device has no such thing."""
+    kinds = xp.__array_namespace_info__().dtypes(device=device(x), kind="real floating")
+    return kinds.get("float64", x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from bnlib import functional
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "convert_batch_norm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "convert_batch_norm",
+    "restore_batch_norm",
+]
 
 
 def _forward(
@@ -23,12 +31,11 @@ def _forward(
         kwargs = {key: value for key, value in fused.items() if value is not None}
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), kwargs)
     self._check_input_dim(input)
-    momentum = 0.0 if self.momentum is None else self.momentum
     tracks = self.training and self.track_running_stats
+    momentum: Any = 0.0 if self.momentum is None else self.momentum
     if tracks and self.num_batches_tracked is not None:
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:  # the plain average over all batches
-            momentum = 1.0 / float(self.num_batches_tracked)
+        # Whether all ranks together have an empty batch turns out on the way.
+        momentum = self._count_batch if process_group else self._count_batch(input.numel())
     # Statistics that are not tracked are neither read nor written in training.
     keep = tracks or not self.training
     return functional.batch_norm(
@@ -46,7 +53,25 @@ def _forward(
     )
 
 
-class _BatchNorm:
+class _Layer:
+    def _count_batch(self: Any, values: int) -> float:
+        """Count a batch, unless it is empty and moves nothing, and return its weight."""
+        if values:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        # the plain average over all batches
+        return 1.0 / float(self.num_batches_tracked) if values else 0.0
+
+    def __prepare_scriptable__(self) -> Any:
+        """Asked for by torch.jit.script, whose own error would be about comprehensions."""
+        raise RuntimeError(
+            f"torch.jit.script does not take {type(self).__module__}.{type(self).__name__}: call "
+            "bnlib.nn.restore_batch_norm(model) before, or use torch.jit.trace or torch.export"
+        )
+
+
+class _BatchNorm(_Layer):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
@@ -85,7 +110,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     __doc__ = _DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)")
 
 
-class SyncBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization with the statistics of all ranks of a process group together.
 
     ::
@@ -144,42 +169,114 @@ _OURS: dict[type, type] = {
     torch.nn.BatchNorm3d: BatchNorm3d,
     torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
+_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
-def convert_batch_norm(model: torch.nn.Module, sync: bool = False) -> torch.nn.Module:
+def convert_batch_norm(
+    model: torch.nn.Module, sync: bool = False, process_group: Any = None
+) -> torch.nn.Module:
     """Turn every batch norm of a torch model into bnlib's, in place.
 
     The modules stay the objects they are and only change their class: parameters, buffers, hooks,
     flags, names and every reference to them stay valid, so an optimizer that already holds the
-    parameters goes on working, and a module used in two places is still one. ``torch.jit.script``
-    does not take the new classes; ``torch.export`` and ``torch.jit.trace`` do.
+    parameters goes on working, and a module used in two places is still one.
+    :func:`restore_batch_norm` is the inverse.
+
+    ``torch.export`` and ``torch.jit.trace`` take the new classes, ``torch.jit.script`` raises.
+    Tools that look for exactly torch's classes do not see them: ``fuse_modules`` of ``torch.ao``
+    raises, and its ``fuse_fx``, ``prepare_fx`` and ``prepare_qat_fx`` fuse nothing. Fuse or fold
+    before, or convert back.
+
+    Two things differ in training. A layer that is checkpointed by ``torch.utils.checkpoint`` runs
+    twice and moves its running statistics twice, as torch's does. After an evaluation forward whose
+    gradient is still due, a training forward of the same layer moves the statistics that the
+    gradient needs: this raises, where torch's layer silently uses the moved ones.
+    ``torch.compile(fullgraph=True)`` refuses ``momentum=None``, whose weight is read from a tensor.
 
     Args:
         model: any module, itself possibly a batch norm. Modules of exactly the classes
-            ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` change; subclasses with a
-            ``forward`` of their own and lazy modules before their first batch do not.
-        sync: make them all :class:`SyncBatchNorm` (over the default process group); converts
-            bnlib's own BatchNorm modules too.
+            ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` change. Subclasses, which
+            may have a ``forward`` of their own, parametrized modules, and lazy ones before their
+            first batch do not; one warning names them.
+        sync: make them all :class:`SyncBatchNorm`; converts bnlib's own BatchNorm modules too.
+        process_group: whose ranks share statistics, with ``sync``. None leaves a SyncBatchNorm the
+            group it has, and gives the others the default group.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         TypeError: ``model`` is not a torch module.
+        ValueError: a ``process_group`` without ``sync``.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> convert_batch_norm(model)[1].__class__.__module__
         'bnlib.nn'
     """
+    _check_model(model)
+    if process_group is not None and not sync:
+        raise ValueError("expected sync=True with a process_group, got sync=False")
+    left = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind not in _OURS and kind not in _TORCHS:
+            theirs = isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+            if theirs and not isinstance(module, _Layer):
+                left.append(f"{name!r} ({kind.__name__})" if name else kind.__name__)
+            continue
+        if sync and kind not in (SyncBatchNorm, torch.nn.SyncBatchNorm):
+            module.__dict__[_BEFORE] = _TORCHS.get(kind, kind)
+            module.__dict__["process_group"] = None
+        module.__class__ = SyncBatchNorm if sync else _OURS.get(kind, kind)
+        if process_group is not None:
+            module.__dict__["process_group"] = process_group
+    if left:
+        warnings.warn(
+            "convert_batch_norm leaves these as they are, which are not of torch's exact classes "
+            f"(subclasses, parametrized or lazy modules): {', '.join(left)}",
+            stacklevel=2,
+        )
+    return model
+
+
+def restore_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
+    """Turn every batch norm of bnlib back into torch's, in place: undo :func:`convert_batch_norm`.
+
+    Args:
+        model: any module, itself possibly a batch norm. A :class:`SyncBatchNorm` becomes again what
+            it was before ``convert_batch_norm(model, sync=True)``, and ``torch.nn.SyncBatchNorm``
+            if it was nothing else.
+
+    Returns:
+        ``model``, the same object, for scripting, ``torch.ao`` and whoever looks for torch's exact
+        classes. What calls a layer with ``residual`` or ``activation`` needs bnlib's.
+
+    Raises:
+        TypeError: ``model`` is not a torch module.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> type(restore_batch_norm(convert_batch_norm(model, sync=True))[1])
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
+    """
+    _check_model(model)
+    for module in model.modules():
+        if type(module) in _TORCHS:
+            module.__class__ = _torch_class(module)
+            if module.__dict__.pop(_BEFORE, None) is not None:
+                del module.__dict__["process_group"]
+    return model
+
+
+# Where a module that was made synchronised keeps the class that it had.
+_BEFORE = "_before_sync"
+
+
+def _torch_class(module: torch.nn.Module) -> type:
+    return module.__dict__.get(_BEFORE) or _TORCHS[type(module)]
+
+
+def _check_model(model: torch.nn.Module) -> None:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        target = _OURS.get(type(module))
-        if sync and (target is not None or type(module) in _OURS.values()):
-            target = SyncBatchNorm
-            if type(module) not in (SyncBatchNorm, torch.nn.SyncBatchNorm):
-                module.__dict__["process_group"] = None
-        if target is not None:
-            module.__class__ = target
-    return model

@@ -229,7 +229,8 @@ def batch_norm_forward(
             missing = "running_mean" if running_mean is None else "running_var"
             raise ValueError(f"expected running statistics in evaluation, got {missing}=None")
         mean, var = at_least_float32(xp, running_mean), at_least_float32(xp, running_var)
-    inv_std = 1 / xp.sqrt(var + float(eps))  # a NumPy float64 would promote float32
+    # A NumPy float64 would promote float32; the variance of a float32 batch may be beyond float32.
+    inv_std = xp.astype(1 / xp.sqrt(var + float(eps)), mean.dtype, copy=False)
     y = normalize(x, mean, inv_std, weight, bias, channel_axis)
     return y, Cache(x, mean, inv_std, weight, bias, batch, channel_axis)
 

@@ -97,8 +97,22 @@ def test_moments(cut, shape, layout, dtype, offset):
     x = draw(shape, dtype, layout, offset)
     got, expected = gpu.moments(x), reference.moments(x.double())
     assert got.count == expected.count
-    assert got.mean.dtype == got.m2.dtype == torch.float32
+    assert got.mean.dtype == torch.float32
     assert_moments_close(got, expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 2, 30, 30), (4, 3, 10, 10)], ids=str)  # in splits, whole
+def test_sums_of_squares_beyond_float32(shape):
+    x = torch.full(shape, 1e17)
+    x[::2] *= -1
+    running = [torch.zeros(shape[1]) for _ in range(2)]
+    y, batch, _ = gpu.moments_and_normalize(
+        x, None, None, EPS, running_mean=running[0], running_var=running[1], momentum=1.0
+    )
+    torch.testing.assert_close(y, x.sign())
+    unbiased = 1e34 * batch.count / (batch.count - 1)
+    torch.testing.assert_close(running[1], torch.full_like(running[1], unbiased))
+    torch.testing.assert_close(gpu.moments(x).m2, torch.full_like(batch.m2, 1e34 * batch.count))
 
 
 FUSED = [(False, False), (True, True), (True, False), (False, True)]

@@ -367,3 +367,30 @@ def test_dispatch_modes_see_the_operator():
         torch.testing.assert_close(
             y, torch.nn.functional.batch_norm(draw((4, 3, 5)), None, None, training=True)
         )
+
+
+def test_the_operators_refuse_misfits():
+    """They are public names of torch.ops: kernels would read past the end of what is too small."""
+    x, v, short = draw((6, 5, 4, 4)), torch.ones(5), torch.ones(4)
+    rows, mask = torch.ones(3, 5), torch.zeros(7, dtype=torch.uint8)
+    forward, backward = torch.ops.bnlib.batch_norm, torch.ops.bnlib.batch_norm_backward
+    how = (True, 1e-5, True, True, BACKEND)
+    for call in (
+        lambda: forward(x, None, None, short, None, None, *how),
+        lambda: forward(x, None, None, None, short, None, *how),
+        lambda: forward(x, short, v, None, None, None, *how),
+        lambda: forward(x, v, None, None, None, None, *how),
+        lambda: forward(x, None, None, None, None, x[:1], *how),
+        lambda: forward(x, None, None, None, None, x.double(), *how),
+        lambda: forward(x[0, 0, 0], None, None, None, None, None, *how),
+        lambda: forward(x[:1, :, :1, :1], None, None, None, None, None, *how),
+        lambda: forward(x, None, None, None, None, None, False, *how[1:]),
+        lambda: forward(x, None, None, None, None, None, *how[:-1], "auto"),
+        lambda: backward(x[:2], x, None, rows, None, True, True, True, False, BACKEND),
+        lambda: backward(x, x, short, rows, None, True, True, True, False, BACKEND),
+        lambda: backward(x, x, None, rows[:, :4], None, True, True, True, False, BACKEND),
+        lambda: backward(x, x, None, rows[:2], None, True, True, True, False, BACKEND),
+        lambda: backward(x, x, None, rows, mask, True, True, True, False, BACKEND),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"expected .* got"):
+            call()

@@ -120,6 +120,67 @@ def test_any_strides_and_the_memory_format_stays(shape, training, backend):
                 assert ours[1].stride() == x_laid.stride(), name
 
 
+ODD = {
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
+    "a negative view": lambda t: torch._neg_view(-t),
+    "an imaginary part": lambda t: torch.complex(t, -t).conj().imag,
+    "a subclass": lambda t: t.as_subclass(Own),
+}
+
+
+class Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("odd", ODD)
+def test_tensors_whose_memory_does_not_hold_their_numbers(odd, training, activation, backend):
+    """torch resolves them, so its result for their plain copies is right."""
+    x, *rest, dy = case((4, 3, 5))
+    residual = case((4, 3, 5), seed=1)[0]
+    given = [x, *rest, dy, residual]
+    takes = "auto" if odd == "a subclass" else backend
+    for which in range(len(given)):
+        if odd == "zeros without memory" and which in (3, 4):
+            continue  # nothing can be written to them
+        mixed = [ODD[odd](t) if i == which else t for i, t in enumerate(given)]
+        results = []
+        for layer in (batch_norm, None):
+            # The copy of a zero tensor is a plain one.
+            values = mixed if layer else [t.clone().as_subclass(torch.Tensor) for t in mixed]
+            *args, residual = values
+
+            def call(*args, layer=layer, residual=residual):
+                if layer:
+                    options = {"residual": residual, "activation": activation}
+                    return batch_norm(*args, **options, backend=takes)
+                y = torch_batch_norm(*args) + residual
+                return torch.relu(y) if activation else y
+
+            results.append(run(call, *args, training))
+        for ours, theirs in zip(*results, strict=True):
+            ours = ours.as_subclass(torch.Tensor)
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=str(which))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_gradients_of_running_statistics_in_evaluation(activation, recorded, backend):
+    """torch refuses; a result without these gradients would be silently wrong."""
+    x, weight, bias, running_mean, running_var, dy = case((4, 3, 5))
+    statistics = [t.requires_grad_() for t in (running_mean, running_var)]
+    layer = functools.partial(batch_norm, activation=activation, backend=backend)
+    if recorded:
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(layer(x, *statistics, weight, bias), statistics, dy)
+    mean, var = (t.view(1, -1, 1) for t in statistics)
+    y = (x - mean) / (var + 1e-5).sqrt() * weight.view(1, -1, 1) + bias.view(1, -1, 1)
+    y = torch.relu(y) if activation else y
+    assert_same(got, torch.autograd.grad(y, statistics, dy), rtol=1e-12, atol=1e-12)
+
+
 def test_expanded_gradient(backend):
     x, weight, bias, *_ = case((4, 3, 5))
     x.requires_grad_()
@@ -146,6 +207,23 @@ def test_no_channels(training, backend):
         y = batch_norm(x, none, none, none, none, training, activation="relu", backend=backend)
         y.sum().backward()
         assert y.shape == x.grad.shape == shape
+
+
+@pytest.mark.parametrize("size", [1e17, 1e18])
+def test_variances_whose_sum_is_beyond_float32(size, backend):
+    """torch's own are not right here."""
+    x = torch.full((64, 3, 40, 40), size)
+    x[::2] *= -1
+    running = [torch.zeros(3), torch.ones(3)]
+    y = batch_norm(x.requires_grad_(), *running, training=True, momentum=1.0, backend=backend)
+    torch.testing.assert_close(y, x.sign(), rtol=1e-6, atol=0)
+    m = x.numel() / 3
+    torch.testing.assert_close(running[1], torch.full((3,), size**2 * m / (m - 1)))
+    dy = case(x.shape, torch.float32)[-1]
+    y.backward(dy)
+    dx = dy - dy.mean((0, 2, 3), keepdim=True)
+    dx = dx - y * (dy * y).mean((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(x.grad * size, dx.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
@@ -349,6 +427,40 @@ def test_input_changed_before_backward_is_an_error(backend):
 # --- residual and ReLU ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype", "shape"),
+    [
+        (torch.bfloat16, torch.float32, (4, 3, 5)),  # as under autocast
+        (torch.float32, torch.float16, (4, 3, 5)),
+        (torch.float32, torch.float64, (4, 3, 5)),
+        (torch.float64, torch.float64, (1, 3, 1)),
+        (torch.float64, torch.float64, (5,)),
+        (torch.float64, torch.float64, ()),
+        (torch.float64, torch.float64, (2, 4, 3, 5)),
+    ],
+    ids=str,
+)
+def test_unlike_residuals_by_torchs_rules(dtype, residual_dtype, shape, training, backend):
+    x, *statistics, _ = case((4, 3, 5), dtype, param_dtype=torch.float64)
+    statistics = [t.to(torch.promote_types(dtype, torch.float32)) for t in statistics]
+    weight, bias, running_mean, running_var = statistics
+    results = []
+    for fused in (True, False):
+        g = torch.Generator().manual_seed(1)
+        residual = torch.randn(shape, generator=g, dtype=torch.float64).to(residual_dtype)
+        leaves = [t.detach().requires_grad_() for t in (x, residual)]
+        args = (leaves[0], running_mean.clone(), running_var.clone(), weight, bias, training)
+        if fused:
+            y = batch_norm(*args, residual=leaves[1], activation="relu", backend=backend)
+        else:
+            y = torch.relu(torch_batch_norm(*args) + leaves[1])
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+        results.append([y.detach(), *(t.grad for t in leaves)])
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert_same(*results, rtol=max(tolerance, 1e-12), atol=max(tolerance, 1e-12))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -539,8 +651,12 @@ def test_dispatch_modes_see_torchs_operators():
         ),
         (ValueError, "eps > 0 in training, got 0", {"eps": 0.0}),
         (ValueError, "eps >= 0, got -1", {"eps": -1.0, "training": False}),
-        (ValueError, r"residual of shape .* got \(4, 1\)", {"residual": torch.ones(4, 1)}),
-        (ValueError, "residual of shape .* torch.float64", {"residual": torch.ones(4, 3).double()}),
+        (ValueError, r"broadcasts with \(4, 3\), got \(4, 2\)", {"residual": torch.ones(4, 2)}),
+        (
+            TypeError,
+            "residual .* floating dtype, got torch.int64",
+            {"residual": torch.ones(3).long()},
+        ),
         (ValueError, "weight on cpu, .* on meta", {"weight": torch.ones(3, device="meta")}),
         (ValueError, "residual on cpu, .* meta", {"residual": torch.ones(4, 3, device="meta")}),
         (TypeError, "weight to be a torch.Tensor, got list", {"weight": [1.0, 1.0, 1.0]}),

@@ -309,10 +309,11 @@ def test_works_where_nothing_can_be_cached():
     assert cpu._cached(decorate) == "compiled"
 
 
-def test_supports():
-    class Own(torch.Tensor):
-        pass
+class Own(torch.Tensor):
+    """A subclass, whose numbers may lie anywhere."""
 
+
+def test_supports():
     x = torch.ones(2, 3)
     assert all(cpu.supports(x.to(t)) for t in (torch.float32, torch.float64, torch.bfloat16))
     assert cpu.supports(torch.nn.Parameter(x))
@@ -347,6 +348,50 @@ def test_permuted_strides(order):
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-9)
 
 
+def test_what_torch_only_says_of_memory():
+    """A negative view has its numbers' negations in memory, a zero tensor has no memory at all."""
+    given = tensors((8, 5, 3, 3), torch.float32)
+    expected, mask = everything(*given)
+    got, got_mask = everything(*(torch._neg_view(-t) for t in given))
+    for ours, theirs in zip([*got, got_mask], [*expected, mask], strict=True):
+        assert torch.equal(ours, theirs)
+    x, _, _, weight, bias = given
+    zeros = [torch._efficientzerotensor(t.shape) for t in given]
+    got, _ = everything(x, zeros[1], zeros[2], weight, zeros[4])
+    expected, _ = everything(x, *map(torch.zeros_like, zeros[1:3]), weight, torch.zeros(5))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    running = [torch._neg_view(-v.clone()) for v in (weight, bias)]
+    moved = [v.clone() for v in (weight, bias)]
+    for mean, var in (running, moved):
+        options = {"running_mean": mean, "running_var": var, "momentum": 0.25}
+        cpu.moments_and_normalize(x, None, None, 1e-5, **options)
+    assert torch.equal(running[0], moved[0]) and torch.equal(running[1], moved[1])
+
+
+@pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(16, 5, 40, 40), (8, 64, 40, 40)], ids=str)
+def test_sums_of_squares_beyond_float32(shape, lanes):
+    x = torch.full(shape, 1e17)
+    x[::2] *= -1
+    x = neighbours(x) if lanes else x
+    running = torch.full((2, shape[1]), 1e8)
+    options = {"running_mean": running[0], "running_var": running[1], "momentum": 1.0}
+    y, m, _ = cpu.moments_and_normalize(x, None, None, 1e-5, **options)
+    torch.testing.assert_close(y, x.sign(), rtol=1e-6, atol=0)
+    unbiased = 1e34 * m.count / (m.count - 1)
+    torch.testing.assert_close(running[1], torch.full_like(running[1], unbiased))
+    assert (running[0].abs() < 1e10).all()  # beside 1e17
+
+
+def test_momentum_of_one_forgets_the_old():
+    x = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    running = torch.full((2, 2), 1e8)
+    options = {"running_mean": running[0], "running_var": running[1], "momentum": 1.0}
+    cpu.moments_and_normalize(x, None, None, 1e-5, **options)
+    assert running.tolist() == [[2.0, 4.0], [2.0, 8.0]]
+
+
 def test_misfits_are_refused():
     """What does not fit would be read, or written, beyond its end."""
     x, dy, residual, weight, bias = tensors((8, 5, 3, 3))
@@ -373,6 +418,23 @@ def test_misfits_are_refused():
         lambda: cpu.grad_input(*grad, mask=mask, dresidual=wide),
         lambda: cpu.grad_input(*grad, mask=mask, dresidual=neighbours(x)),
         lambda: cpu.grad_input(*grad, mask=mask.cpu().T, dresidual=x),
+        lambda: cpu.grad_input(*grad, mask=mask, dresidual=torch._neg_view(x)),
+        lambda: cpu.moments_and_normalize(x, short, None, 1e-5),
+        lambda: cpu.moments_and_normalize(x, weight, short, 1e-5),
+        lambda: cpu.moments_and_normalize(x, weight, bias, 1e-5, residual=wide),
+        lambda: cpu.moments_and_normalize(x, weight, bias, 1e-5, None, True, mask[:4]),
+        lambda: cpu.moments_and_normalize(
+            x, weight, bias, 1e-5, running_mean=short, running_var=weight
+        ),
+        lambda: cpu.moments_and_normalize(x, weight.to_sparse(), bias, 1e-5),
+        lambda: cpu.moments_and_normalize(x, weight.as_subclass(Own), bias, 1e-5),
+        lambda: cpu.grad_sums_and_input(wide, *norm, weight, 72),
+        lambda: cpu.grad_sums_and_input(dy.to_sparse(), *norm, weight, 72),
+        lambda: cpu.grad_sums_and_input(dy, x, short, m.m2, weight, 72),
+        lambda: cpu.grad_sums_and_input(dy, x, m.mean, short, weight, 72),
+        lambda: cpu.grad_sums_and_input(*sums, short, 72),
+        lambda: cpu.grad_sums_and_input(*sums, weight, 72, mask=mask[:4]),
+        lambda: cpu.grad_sums_and_input(*sums, weight, 72, mask=mask, dresidual=wide),
     ):
         with pytest.raises((TypeError, ValueError), match=r"expected .* got"):
             call()

@@ -73,7 +73,7 @@ def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
         on = types.SimpleNamespace(
             is_cpu=False, is_cuda=True, numel=lambda: 1, is_supported=is_supported
         )
-        assert functional._kernels(on, "auto") is expected
+        assert functional._kernels("auto", on) is expected
 
 
 # --- In the interpreter ---------------------------------------------------------------------------

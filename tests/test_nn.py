@@ -175,9 +175,19 @@ def test_convert_a_lone_module_subclasses_and_sync():
     class Own(torch.nn.BatchNorm2d):
         pass
 
-    model = torch.nn.Sequential(Own(3), torch.nn.LazyBatchNorm2d(), torch.nn.LayerNorm(3))
+    class Ours(bnlib.nn.BatchNorm2d):
+        pass
+
+    parametrized = torch.nn.BatchNorm2d(3)
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "bias", torch.nn.Identity())
+    model = torch.nn.Sequential(
+        Own(3), torch.nn.LazyBatchNorm2d(), parametrized, torch.nn.LayerNorm(3), Ours(3)
+    )
     before = [type(m) for m in model]
-    bnlib.nn.convert_batch_norm(model)
+    names = r"'0' \(Own\), '1' \(LazyBatchNorm2d\), '2' \(ParametrizedBatchNorm2d\)$"
+    with pytest.warns(UserWarning, match=names) as seen:
+        bnlib.nn.convert_batch_norm(model)
+    assert len(seen) == 1 and seen[0].filename == __file__
     assert [type(m) for m in model] == before
 
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), bnlib.nn.BatchNorm3d(3), lone)
@@ -191,8 +201,83 @@ def test_convert_a_lone_module_subclasses_and_sync():
     bnlib.nn.convert_batch_norm(theirs)
     assert type(theirs) is bnlib.nn.SyncBatchNorm and theirs.process_group == "group"
 
-    with pytest.raises(TypeError, match=r"torch.nn.Module, got Tensor"):
-        bnlib.nn.convert_batch_norm(torch.ones(3))
+    group = object()
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), bnlib.nn.SyncBatchNorm(3), theirs)
+    bnlib.nn.convert_batch_norm(model, sync=True, process_group=group)
+    assert all(m.process_group is group for m in model)
+    with pytest.raises(ValueError, match="sync=True with a process_group, got sync=False"):
+        bnlib.nn.convert_batch_norm(model, process_group=group)
+    for function in (bnlib.nn.convert_batch_norm, bnlib.nn.restore_batch_norm):
+        with pytest.raises(TypeError, match=r"torch.nn.Module, got Tensor"):
+            function(torch.ones(3))
+
+
+CLASSES = [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm]
+
+
+@pytest.mark.parametrize("steps", [[False], [True], [False, True], [True, False], [True, True]])
+def test_restore_is_the_inverse_of_convert(steps):
+    model = torch.nn.Sequential(*(cls(3) for cls in CLASSES))
+    model[1].note = "kept"
+    before = [sorted(m.__dict__) for m in model]
+    parameters = [id(p) for p in model.parameters()]
+    for sync in steps:
+        bnlib.nn.convert_batch_norm(model, sync)
+    for converted in (copy.deepcopy(model), model):
+        restored = bnlib.nn.restore_batch_norm(converted)
+        assert restored is converted and [type(m) for m in restored] == CLASSES
+        assert [sorted(m.__dict__) for m in restored] == before
+    assert [id(p) for p in model.parameters()] == parameters
+    built = bnlib.nn.SyncBatchNorm(3)
+    assert type(bnlib.nn.restore_batch_norm(built)) is torch.nn.SyncBatchNorm
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_restored_models_are_fused_by_torch_ao():
+    from torch.ao.quantization import fuse_modules
+
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+
+    model = bnlib.nn.restore_batch_norm(bnlib.nn.convert_batch_norm(net()))
+    x = torch.randn(2, 3, 5, 5)
+    fused = fuse_modules(model, [["0", "1"]])
+    assert type(fused[1]) is torch.nn.Identity
+    torch.testing.assert_close(fused(x), net()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_batch_counts_nothing(dtype):
+    for momentum in (None, 0.1):
+        ours = bnlib.nn.BatchNorm1d(3, momentum=momentum, dtype=dtype)
+        alone = bnlib.nn.BatchNorm1d(3, momentum=momentum, dtype=dtype)
+        for n in (0, 50, 0, 20):
+            x = torch.randn(n, 3, dtype=dtype) * 5
+            ours(x)
+            if n:
+                alone(x)
+        for one, other in zip(ours.buffers(), alone.buffers(), strict=True):
+            assert torch.equal(one, other)
+    assert ours.num_batches_tracked == 2
+
+
+def test_on_the_meta_device():
+    norm = bnlib.nn.BatchNorm2d(8, device="meta")
+    x = torch.empty(2, 8, 3, 3, device="meta", requires_grad=True)
+    y = norm(x, residual=x, activation="relu")
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape and norm.weight.grad.shape == (8,)
+
+
+def test_evaluation_then_training_then_backward_is_an_error():
+    """The gradient needs the statistics that training moves; torch's layer uses the moved ones."""
+    norm = bnlib.nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    y = norm.eval()(x, activation="relu")
+    norm.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # --- torch's machinery around a model -------------------------------------------------------------
@@ -266,6 +351,25 @@ def test_traced_model():
     x = torch.randn(6, 3, 5, 5)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(2 * x), model(2 * x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_scripting_needs_torchs_layers():
+    model = bnlib.nn.convert_batch_norm(small_model()).eval()
+    with pytest.raises(RuntimeError, match=r"not take bnlib.nn.BatchNorm2d: call .*restore"):
+        torch.jit.script(model)
+    x = torch.randn(6, 3, 5, 5)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(bnlib.nn.restore_batch_norm(model))(x), expected)
+
+
+def test_convert_sync_batchnorm_of_torch():
+    """torch's converter knows bnlib's layers by their base class, and makes them its own."""
+    model = bnlib.nn.convert_batch_norm(small_model())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is torch.nn.SyncBatchNorm
+    assert_same_state(model.state_dict(), state)
 
 
 def test_symbolic_trace_has_leaves():

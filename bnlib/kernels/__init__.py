@@ -13,8 +13,9 @@ A module may also offer two primitives in one call, for data that is still in th
 ``moments_and_normalize`` and ``grad_sums_and_input``. ``supports(x)`` says whether a module takes
 a tensor. This file needs torch alone; the modules are imported when they are first used.
 
-A kernel trusts the sizes that it is told and would read past the end of a tensor that is smaller:
-``check_vectors``, ``check_like`` and ``check_mask`` stand before every one of them.
+A kernel trusts what it is told, and would read past the end of a tensor that is smaller, or where
+there is none: ``check_plain``, ``check_vectors``, ``check_like`` and ``check_mask`` stand before
+every one of them, and whatever it reads goes through ``in_memory``.
 
 The layout of the mask is the business of whoever writes and reads it: ``gpu`` has an ``empty_mask``
 and an ``unpack_mask`` of its own, for which neighbours in memory share a byte.
@@ -26,6 +27,28 @@ import math
 
 import torch
 from torch import Tensor
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Return whether each is None or a strided tensor of no subclass, as kernels can read it."""
+    for t in tensors:
+        if type(t) not in _PLAIN or (t is not None and t.layout != torch.strided):
+            return False
+    return True
+
+
+def in_memory(t: Tensor) -> Tensor:
+    """Return ``t``, or a copy where its memory does not hold its numbers.
+
+    torch negates a view by a flag, and has zeros without memory.
+    """
+    if t.is_neg():
+        return t.resolve_neg()
+    if t._is_zerotensor():
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+    return t
 
 
 def channels_are_neighbours(x: Tensor) -> bool:
@@ -43,12 +66,38 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     Returns:
         ``x`` itself where it lies so already.
     """
+    x = in_memory(x)
     if channels_are_neighbours(x if like is None else like):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
 
 
+def check_plain(**tensors: Tensor | None) -> None:
+    """Raise unless each tensor is one that kernels can read.
+
+    Args:
+        tensors: by the names that the error shall give them.
+
+    Raises:
+        TypeError: a subclass of torch.Tensor, or another layout than torch.strided.
+    """
+    if not is_plain(*tensors.values()):
+        for name, value in tensors.items():
+            if not is_plain(value):
+                layout = f" of {value.layout}" if isinstance(value, Tensor) else ""
+                raise TypeError(
+                    f"expected {name} to be a plain strided torch.Tensor, "
+                    f"got {type(value).__name__}{layout}"
+                )
+
+
 def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raise as :func:`check_plain` and :func:`check_per_channel` do."""
+    check_plain(**vectors)
+    check_per_channel(x, **vectors)
+
+
+def check_per_channel(x: Tensor, **vectors: Tensor | None) -> None:
     """Raise unless each vector is None or has one floating-point value per channel of ``x``.
 
     Args:
@@ -63,7 +112,7 @@ def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
     for name, value in vectors.items():
         if value is None:
             continue
-        _check_beside(name, value, device)
+        check_beside(name, value, device)
         if value.shape != expected:
             raise ValueError(
                 f"expected {name} of shape ({x.shape[1]},) for input of shape {tuple(x.shape)}, "
@@ -72,19 +121,20 @@ def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
 
 
 def check_like(x: Tensor, **tensors: Tensor | None) -> None:
-    """Raise unless each tensor is None or has the shape, dtype and device of ``x``.
+    """Raise unless each tensor is None, or plain with the shape, dtype and device of ``x``.
 
     Args:
         x: any tensor.
         tensors: by the names that the error shall give them.
 
     Raises:
-        TypeError, ValueError: as :func:`check_vectors`.
+        TypeError, ValueError: as :func:`check_plain` and :func:`check_vectors`.
     """
+    check_plain(**tensors)
     for name, value in tensors.items():
         if value is None:
             continue
-        _check_beside(name, value, x.device)
+        check_beside(name, value, x.device)
         if value.shape != x.shape or value.dtype != x.dtype:
             raise ValueError(
                 f"expected {name} of shape {tuple(x.shape)} and {x.dtype}, "
@@ -116,6 +166,7 @@ def check_mask(x: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> None:
         )
     if mask.device != x.device:
         raise ValueError(f"expected mask on {x.device}, where the input is, got {mask.device}")
+    _check_writable("mask", mask)
 
 
 def check_layout(x: Tensor, dresidual: Tensor | None) -> None:
@@ -128,14 +179,23 @@ def check_layout(x: Tensor, dresidual: Tensor | None) -> None:
     Raises:
         ValueError: another layout.
     """
-    if dresidual is not None and dense(dresidual, x).data_ptr() != dresidual.data_ptr():
+    if dresidual is None:
+        return
+    _check_writable("dresidual", dresidual)
+    if dense(dresidual, x).data_ptr() != dresidual.data_ptr():
         raise ValueError(
             "expected dresidual of empty_like(x), in the layout of x, got strides "
             f"{dresidual.stride()} where x has {x.stride()} (channels on axis 1)"
         )
 
 
-def _check_beside(name: str, value: Tensor, device: torch.device) -> None:
+def _check_writable(name: str, value: Tensor) -> None:
+    check_plain(**{name: value})
+    if in_memory(value) is not value:
+        raise ValueError(f"expected {name} with memory of its own, got torch's zeros or a negation")
+
+
+def check_beside(name: str, value: Tensor, device: torch.device) -> None:
     """Raise unless a kernel that runs on a device can read ``value``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
@@ -175,7 +235,8 @@ def pack_mask(positive: Tensor, x: Tensor) -> Tensor:
     order = positive.movedim(1, -1) if channels_are_neighbours(x) else positive.transpose(0, 1)
     rows = order.reshape(mask.shape[0], x.numel() // max(mask.shape[0], 1))
     rows = torch.nn.functional.pad(rows, (0, 8 * mask.shape[1] - rows.shape[1]))
-    return mask.copy_((rows.unflatten(1, (-1, 8)) << _bits(x)).sum(2, dtype=torch.uint8))
+    bits = rows.to(torch.uint8).unflatten(1, (-1, 8)) << _bits(x)
+    return mask.copy_(bits.sum(2, dtype=torch.uint8))
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ from bnlib.kernels import (
     check_mask,
     check_vectors,
     dense,
+    in_memory,
+    is_plain,
     mask_shape,
 )
 from bnlib.kernels.lanes import (
@@ -79,7 +81,6 @@ _STORED = {
     torch.bfloat16: (numba.uint16, numba.float32),
     torch.float16: (numba.int16, numba.float32),
 }
-_PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
 _SERIAL_BELOW = 1 << 14  # elements; waking a thread costs more than it saves
 _HUGE_FROM = 1 << 22  # bytes
 # Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
@@ -94,7 +95,7 @@ _STREAM_FROM = 1 << 23  # bytes; more than a cache keeps for the next layer
 
 def supports(x: Tensor) -> bool:
     """Return whether these kernels take ``x``: a plain CPU tensor of one of four dtypes."""
-    return type(x) in _PLAIN and x.is_cpu and x.dtype in _STORED and x.layout == _STRIDED
+    return is_plain(x) and x.is_cpu and x.dtype in _STORED
 
 
 # --- what runs on a thread ------------------------------------------------------------------------
@@ -205,8 +206,9 @@ def _finish(c0, c1, count, out, eps, momentum, mean, m2, inv_std, running_mean, 
     if running_mean.size:
         average, variance = running_mean[c0:c1], running_var[c0:c1]
         for c in range(mean.size):
-            average[c] += momentum * (mean[c] - average[c])
-            variance[c] += momentum * (m2[c] / np.float64(count - 1) - variance[c])
+            average[c] = (1 - momentum) * average[c] + momentum * mean[c]
+            new = m2[c] / np.float64(count - 1)
+            variance[c] = (1 - momentum) * variance[c] + momentum * new
 
 
 @_jit
@@ -745,7 +747,7 @@ def _forward_kernel(stored, number, has_mask, has_residual):
         y = numba.carray(_pointer(a[19], stored), elements)
         residual = numba.carray(_pointer(a[20], stored), elements) if has_residual else None
         bias = numba.carray(_pointer(a[21], number), channels)
-        m2 = numba.carray(_pointer(a[22], number), channels)
+        m2 = numba.carray(_pointer(a[22], numba.float64), channels)
         running_mean = numba.carray(_pointer(a[23], number), channels if a[23] else 0)
         running_var = numba.carray(_pointer(a[24], number), channels if a[24] else 0)
         eps, momentum, floor = _real(a[25]), _real(a[26]), _real(a[27])
@@ -993,7 +995,7 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
 
 def _beside(t: Tensor, x: Tensor) -> Tensor:
     """``t`` in the layout of ``x``."""
-    return t if t.stride() == x.stride() else dense(t, x)
+    return in_memory(t) if t.stride() == x.stride() else dense(t, x)
 
 
 def _checked(
@@ -1003,7 +1005,7 @@ def _checked(
     if not supports(x) or x.dim() < 2:
         what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected x to be a floating-point CPU tensor of rank >= 2, got {what}")
-    x = x.movedim(channel_axis, 1)
+    x = in_memory(x).movedim(channel_axis, 1)
     check_vectors(x, **vectors)
     check_mask(x, mask, mask_shape(x))
     return x
@@ -1023,14 +1025,20 @@ def _empty_vectors(count: int, x: Tensor) -> list[Tensor]:
     return [torch.empty_like(like) for _ in range(count)]
 
 
+def _empty_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, m2 and inv_std to be filled; m2 may be beyond float32 where the variance is not."""
+    mean, inv_std = _empty_vectors(2, x)
+    return mean, torch.empty_like(_constant(1, x.shape[1], torch.float64)), inv_std
+
+
 def _vector(v: Tensor | None, default: float, x: Tensor) -> Tensor:
     """One value per channel, contiguous, of the precision in which ``x`` is computed with."""
     dtype = _number_dtype(x)
     if v is None:
         return _constant(default, x.shape[1], dtype)
     if v.dtype == dtype and v.is_contiguous():
-        return v
-    return v.detach().to(dtype).contiguous()
+        return in_memory(v)
+    return in_memory(v.detach()).to(dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
@@ -1123,7 +1131,7 @@ def _count(x: Tensor) -> int:
 def moments(x: Tensor, channel_axis: int = 1) -> Moments:
     """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`."""
     x = _checked(x, channel_axis)
-    mean, m2, inv_std = _empty_vectors(3, x)
+    mean, m2, inv_std = _empty_statistics(x)
     _forward(x, None, None, (mean, m2, inv_std), 1.0, None, False, None, _MEASURE)
     return Moments(_count(x), mean, m2)
 
@@ -1151,8 +1159,9 @@ def normalize(
     Returns:
         Tensor of the shape, dtype and memory format of ``x``.
     """
-    check_like(x, residual=residual)
-    x = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std, weight=weight, bias=bias)
+    vectors = {"mean": mean, "inv_std": inv_std, "weight": weight, "bias": bias}
+    given, x = x, _checked(x, channel_axis, mask, **vectors)
+    check_like(given, residual=residual)
     residual = None if residual is None else residual.movedim(channel_axis, 1)
     statistics = (_vector(mean, 0, x), None, _vector(inv_std, 1, x))
     y = _forward(x, weight, bias, statistics, 0.0, residual, relu, mask, _APPLY)
@@ -1180,7 +1189,11 @@ def moments_and_normalize(
 
     Running statistics, if given, are moved in place by ``momentum``.
     """
-    mean, m2, inv_std = _empty_vectors(3, x)
+    vectors = {"weight": weight, "bias": bias}
+    vectors |= {"running_mean": running_mean, "running_var": running_var}
+    x = _checked(x, 1, mask, **vectors)
+    check_like(x, residual=residual)
+    mean, m2, inv_std = _empty_statistics(x)
     given: tuple[Tensor, ...] = ()
     if running_mean is not None and running_var is not None:
         given = running_mean, running_var
@@ -1248,8 +1261,9 @@ def grad_sums(
     Returns:
         ``(sum_dy, sum_dy_x_hat)``, each of shape (C,).
     """
-    check_like(x, dy=dy)
-    x, dy = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std), dy.movedim(channel_axis, 1)
+    given, x = x, _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std)
+    check_like(given, dy=dy)
+    dy = dy.movedim(channel_axis, 1)
     sum_dy, sum_dy_x_hat = sums = tuple(_empty_vectors(2, x))
     _backward(dy, x, None, mean, inv_std, sums, 1, mask, None, _MEASURE)
     return sum_dy, sum_dy_x_hat
@@ -1279,13 +1293,13 @@ def grad_input(
     Returns:
         Tensor of the shape, dtype and memory format of ``x``.
     """
-    check_like(x, dy=dy, dresidual=dresidual)
     vectors = {"weight": weight, "sum_dy": sum_dy, "sum_dy_x_hat": sum_dy_x_hat}
-    x = _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std, **vectors)
+    given, x = x, _checked(x, channel_axis, mask, mean=mean, inv_std=inv_std, **vectors)
+    check_like(given, dy=dy, dresidual=dresidual)
     dy = dy.movedim(channel_axis, 1)
     if dresidual is not None:
         dresidual = dresidual.movedim(channel_axis, 1)
-        check_layout(dense(x), dresidual)
+        check_layout(x, dresidual)
     sums = _vector(sum_dy, 0, x), _vector(sum_dy_x_hat, 0, x)
     dx = _backward(dy, x, weight, mean, inv_std, sums, max(count, 1), mask, dresidual, _APPLY)
     assert dx is not None
@@ -1304,6 +1318,9 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
+    x = _checked(x, 1, mask, mean=mean, inv_std=inv_std, weight=weight)
+    check_like(x, dy=dy, dresidual=dresidual)
+    check_layout(x, dresidual)
     sum_dy, sum_dy_x_hat = sums = tuple(_empty_vectors(2, x))
     steps = _MEASURE | _APPLY
     dx = _backward(dy, x, weight, mean, inv_std, sums, max(count, 1), mask, dresidual, steps)

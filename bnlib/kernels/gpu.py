@@ -42,6 +42,8 @@ from bnlib.kernels import (
     check_mask,
     check_vectors,
     dense,
+    in_memory,
+    is_plain,
 )
 from bnlib.moments import Moments
 
@@ -200,18 +202,18 @@ def _store_y(
 
 @triton.jit
 def _store_statistics(
-    mu, q, mean, m2, inv_std, running_mean, running_var, c, exists, count, eps, momentum
+    mu, var, mean, m2, inv_std, running_mean, running_var, c, exists, count, eps, momentum
 ):
     """Store the moments of the batch and 1/√(σ² + ε); move the running statistics, if given."""
     tl.store(mean + c, mu, exists)
-    tl.store(m2 + c, q, exists)
-    tl.store(inv_std + c, 1.0 / tl.sqrt_rn(q / count + eps), exists)
+    tl.store(m2 + c, var.to(tl.float64) * count, exists)  # beyond float32 where σ² is not
+    tl.store(inv_std + c, 1.0 / tl.sqrt_rn(var + eps), exists)
     if running_mean is not None:
         old = tl.load(running_mean + c, exists, other=0.0).to(tl.float32)
         new = (1.0 - momentum) * old + momentum * mu
         tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), exists)
         old = tl.load(running_var + c, exists, other=0.0).to(tl.float32)
-        new = (1.0 - momentum) * old + momentum * (q / (count - 1.0))
+        new = (1.0 - momentum) * old + momentum * (var * (count / (count - 1.0)))
         tl.store(running_var + c, new.to(running_var.dtype.element_ty), exists)
 
 
@@ -225,10 +227,10 @@ def _moments_kernel(
     x, partials, N, C, P, tiles, per_program, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Store count, mean and m2 of every channel of one split in ``partials``, shape (4, S, C).
+    """Store count, mean and σ² of every channel of one split in ``partials``, shape (4, S, C).
 
     The sums are taken of x minus the mean of the program's first tile. That mean is close to the
-    true one, so nothing cancels in Σd² - (Σd)²/n; it is also known after one tile instead of one
+    true one, so nothing cancels in Σd²/n - (Σd/n)²; it is also known after one tile instead of one
     pass. Each of the tile's elements has its own accumulator: short sums lose little. The mean is
     stored as two numbers, shift and what is left, since their sum would be rounded.
     """
@@ -250,14 +252,14 @@ def _moments_kernel(
         sum_d2 += d * d
         count += _count(t, N, P, BN, BP)
     rest = _sum(sum_d) / count
-    m2 = _sum(sum_d2) - count * rest * rest
+    var = _sum(sum_d2 * (1.0 / count)) - rest * rest
     c, c_exists = _channels(c0, C, BC)
     row = tl.num_programs(1) * C
     at = partials + s * C + c
-    tl.store(at, tl.zeros_like(m2) + count, c_exists)
+    tl.store(at, tl.zeros_like(var) + count, c_exists)
     tl.store(at + row, shift, c_exists)
     tl.store(at + 2 * row, rest, c_exists)
-    tl.store(at + 3 * row, tl.where(m2 < 0.0, 0.0, m2), c_exists)  # NaN stays NaN
+    tl.store(at + 3 * row, tl.where(var < 0.0, 0.0, var), c_exists)  # NaN stays NaN
 
 
 @_jit
@@ -272,15 +274,15 @@ def _merge_moments_kernel(
     n = tl.load(partials + s * C + c, exists, other=0.0)
     shift = tl.load(partials + (S + s) * C + c, exists, other=0.0)
     rest = tl.load(partials + (2 * S + s) * C + c, exists, other=0.0)
-    q = tl.load(partials + (3 * S + s) * C + c, exists, other=0.0)
+    var = tl.load(partials + (3 * S + s) * C + c, exists, other=0.0)
     start = tl.load(partials + S * C + c, c < C, other=0.0)
     d = (shift - start) + rest  # of the split's mean from the first shift: exact to the last bits
     mu = tl.sum(n * d, axis=0)[None, :] / count
     d -= mu
-    q = tl.sum(q + n * (d * d), axis=0)[None, :]
+    var = tl.sum((n / count) * (var + d * d), axis=0)[None, :]
     mu += start
     _store_statistics(
-        mu, q, mean, m2, inv_std, running_mean, running_var, c, c < C, count, eps, momentum
+        mu, var, mean, m2, inv_std, running_mean, running_var, c, c < C, count, eps, momentum
     )
 
 
@@ -390,14 +392,14 @@ def _forward_kernel(
     mu = _sum(v) / count
     d = tl.where(exists, v - mu, 0.0)
     rest = _sum(d) / count
-    q = _sum(d * d) - count * (rest * rest)
-    q = tl.where(q < 0.0, 0.0, q)
+    var = _sum(d * d * (1.0 / count)) - rest * rest
+    var = tl.where(var < 0.0, 0.0, var)
     c, c_exists = _channels(c0, C, BC)
     _store_statistics(
-        mu + rest, q, mean, m2, inv_std, running_mean, running_var, c, c_exists,
+        mu + rest, var, mean, m2, inv_std, running_mean, running_var, c, c_exists,
         count, eps, momentum,
     )  # fmt: skip
-    scale = _per_channel(weight, c, c_exists, 1.0) / tl.sqrt_rn(q / count + eps)
+    scale = _per_channel(weight, c, c_exists, 1.0) / tl.sqrt_rn(var + eps)
     b = _per_channel(bias, c, c_exists, 0.0)
     _store_y(
         d - rest, y, residual, mask, scale, b, base, inside, exists, t, c0, N, C, P, RELU,
@@ -523,9 +525,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **bl
 def supports(x: Tensor) -> bool:
     """Return whether these kernels take ``x``: float32, float16 or bfloat16, on a GPU."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        is_plain(x)
         and x.dtype in _DTYPES
-        and x.layout == torch.strided
         and (x.is_cuda or (x.device.type == "cpu" and _interpreted()))
     )
 
@@ -622,6 +623,12 @@ def _new(x: Tensor, rows: int) -> tuple[Tensor, ...]:
     return torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device).unbind()
 
 
+def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, m2 and inv_std to be filled."""
+    mean, inv_std = _new(x, 2)
+    return mean, torch.empty(x.shape[1], dtype=torch.float64, device=x.device), inv_std
+
+
 # --- The primitives -------------------------------------------------------------------------------
 
 
@@ -633,7 +640,7 @@ def moments(x: Tensor, channel_axis: int = 1) -> Moments:
         channel_axis: the axis that is kept.
 
     Returns:
-        :class:`~bnlib.Moments`, float32. NaN and infinity pass through.
+        :class:`~bnlib.Moments`, float32, and m2 float64. NaN and infinity pass through.
 
     Raises:
         ValueError, TypeError, RuntimeError: a shape, a dtype, a device that does not fit; so for
@@ -714,7 +721,7 @@ def moments_and_normalize(
     y = torch.empty_like(x)
     residual = None if residual is None else dense(residual, x)
     count = x.numel() // x.shape[1]
-    mean, m2, inv_std = _new(x, 3)
+    mean, m2, inv_std = _new_statistics(x)
     tensors = (x, *_contiguous(weight, bias), residual, y, mask if relu else None)
     numbers = (float(count), float(eps), float(momentum), *plan.shape)
     _launch(
@@ -821,11 +828,11 @@ def _moments(
 ) -> tuple[Moments, Tensor]:
     """Return the moments and inv_std of a dense tensor, and move the running statistics."""
     if x.numel() == 0:
-        return Moments(0, _zeros(x), _zeros(x)), _zeros(x) + eps**-0.5
+        return Moments(0, _zeros(x), _zeros(x).double()), _zeros(x) + eps**-0.5
     count = x.numel() // x.shape[1]
     plan = _plan(*_shape(x), x.itemsize, reduce=True)
     partials = _partials(x, 4, plan)
-    mean, m2, inv_std = _new(x, 3)
+    mean, m2, inv_std = _new_statistics(x)
     _launch(_moments_kernel, plan.grid, x, partials, *plan.sizes, **plan.blocks)
     vectors = (mean, m2, inv_std, running_mean, running_var)
     _merge(_merge_moments_kernel, partials, *vectors, float(count), float(eps), float(momentum))
@@ -860,12 +867,12 @@ def _grad_sums(
         return _zeros(x), _zeros(x)
     plan = _plan(*_shape(x), x.itemsize, reduce=True)
     partials = _partials(x, 2, plan)
-    mean, inv_std = mean.contiguous(), inv_std.contiguous()
+    vectors = _contiguous(mean, inv_std)
     sums = _new(x, 2)
     _launch(
-        _grad_sums_kernel, plan.grid, dy, x, mean, mask, partials, *plan.sizes, **plan.blocks
+        _grad_sums_kernel, plan.grid, dy, x, vectors[0], mask, partials, *plan.sizes, **plan.blocks
     )  # fmt: skip
-    _merge(_add_sums_kernel, partials, inv_std, *sums)
+    _merge(_add_sums_kernel, partials, vectors[1], *sums)
     return sums[0], sums[1]
 
 
@@ -909,7 +916,7 @@ def _merge(kernel: Any, partials: Tensor, *args: Any) -> None:
 
 
 def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(v if v is None else v.contiguous() for v in vectors)
+    return tuple(v if v is None else in_memory(v).contiguous() for v in vectors)
 
 
 def _moved(given: tuple[Tensor | None, ...], used: tuple[Tensor | None, ...]) -> None:
