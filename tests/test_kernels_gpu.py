@@ -576,8 +576,8 @@ sys.meta_path.insert(0, Broken())
 on_a_gpu = types.SimpleNamespace(is_cpu=False, is_cuda=True, numel=lambda: 1)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    assert functional._kernels(on_a_gpu, "auto") is reference
-    assert functional._kernels(on_a_gpu, "auto") is reference
+    assert functional._kernels("auto", on_a_gpu) is reference
+    assert functional._kernels("auto", on_a_gpu) is reference
 assert len(seen) == 1, seen
 print(seen[0].message)
 functional.batch_norm(torch.ones(2, 3), None, None, training=True, backend="gpu")
