@@ -149,6 +149,26 @@ def correlation_is_left():
     return "0.76, as their correlation before"
 
 
+def rules_that_agree():
+    noise = RNG.normal(size=(8, 3, 4, 4))
+    noise -= noise.mean(axis=(0, 2, 3), keepdims=True)
+    noise /= noise.std(axis=(0, 2, 3), keepdims=True)
+    mixed = noise.copy()
+    mixed[:, 1] = mixed[:, 0]  # as correlated as can be
+    scales, offsets = np.array([1, 2, 3]).reshape(3, 1, 1), np.array([0, 1, 2]).reshape(3, 1, 1)
+
+    def joint(x):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+
+    agree = {
+        "if they have equal means and equal variances": mixed,
+        "if the three channels have equal means": noise * scales,
+        "if they are uncorrelated": noise * scales + offsets,
+    }
+    (only,) = [k for k, x in agree.items() if np.allclose(joint(x), bnlib.batch_norm_forward(x)[0])]
+    return only
+
+
 def scale_is_forgotten():
     x = RNG.normal(size=(8, 3, 4, 4))
     brighter = x.copy()
@@ -158,16 +178,26 @@ def scale_is_forgotten():
     return "nothing to speak of, in any channel"
 
 
-def grey_in_a_warm_batch():
-    batch = RNG.uniform(size=(8, 3, 16, 16)) * np.array([0.88, 0.66, 0.56]).reshape(3, 1, 1)
-    batch[0] = 0.36
-    red, _, blue = bnlib.batch_norm_forward(batch)[0][0].mean(axis=(1, 2))
-    assert red < 0 < blue
-    return "bluish: less red and more blue than the average of the batch"
+def red_is_shuffled():
+    x = RNG.normal(size=(8, 3, 4, 4)) * [[[1.0]], [[2.0]], [[3.0]]] + [[[4.0]], [[5.0]], [[6.0]]]
+    order = RNG.permutation(8 * 4 * 4)
+    shuffled = x.copy()
+    shuffled[:, 0] = x[:, 0].ravel()[order].reshape(8, 4, 4)
+    y, z = (bnlib.batch_norm_forward(batch)[0] for batch in (x, shuffled))
+    assert np.allclose(z[:, 0].ravel(), y[:, 0].ravel()[order]) and (y == z)[:, 1:].all()
+    return "red is shuffled in the same way, and otherwise nothing changes"
 
 
-def learnt_numbers():
-    return str(sum(p.numel() for p in nn.BatchNorm2d(256).parameters()))
+def branches_side_by_side():
+    x = RNG.normal(size=(8, 96, 4, 4)) * RNG.uniform(0.1, 10, size=(96, 1, 1))
+    gamma, beta = RNG.normal(size=(2, 96))
+    joined, _ = bnlib.batch_norm_forward(x, gamma, beta)
+    parts = [
+        bnlib.batch_norm_forward(x[:, c], gamma[c], beta[c])[0]
+        for c in (slice(0, 64), slice(64, 96))
+    ]
+    assert np.allclose(np.concatenate(parts, axis=1), joined, rtol=0, atol=1e-12)
+    return "no, the outputs are the same"
 
 
 def running_variance():
@@ -208,40 +238,38 @@ def values_that_receive_a_gradient():
     return f"{(x.grad != 0).sum()}, the channel in all images"
 
 
-def gradient_of_gamma():
-    x = RNG.normal(size=(16, 32, 7, 7))
-    dy = RNG.normal(size=x.shape)
-    x_hat, _ = bnlib.batch_norm_forward(x)
-    code = "(dy * x_hat).sum(axis=(0, 2, 3))"
-    value = eval(code, {"dy": dy, "x_hat": x_hat})
-    gamma = torch.ones(32, dtype=torch.float64, requires_grad=True)
-    y = nn.functional.batch_norm(torch.tensor(x), None, None, gamma, training=True)
-    y.backward(torch.tensor(dy))
-    assert np.allclose(value, gamma.grad)
-    return f"`{code}`, shape `{value.shape}`"
+def gradient_without_a_share_in_the_loss():
+    x, dy = RNG.normal(size=(2, 4, 1, 3, 3))
+    dy[2] = 0
+    x_hat, cache = bnlib.batch_norm_forward(x, np.array([1.7]), np.zeros(1))
+    dx, dgamma, dbeta = bnlib.batch_norm_backward(dy, cache)
+    r, others = (x.var() + 1e-5) ** -0.5, [0, 1, 3]
+    x_hat = (x - x.mean()) * r
+    assert np.allclose([dgamma[0], dbeta[0]], [(dy * x_hat)[others].sum(), dy[others].sum()])
+    assert np.allclose(dx[2], -1.7 * r / x.size * (dbeta + x_hat[2] * dgamma))
+    answer = r"$-\frac{\gamma\,r}{m}(\mathrm{d}\beta + \hat x_i\,\mathrm{d}\gamma)$"
+    return answer + ", with the sums over the other photographs"
 
 
-def gradient_of_a_bias():
-    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
-    bias = torch.randn(3, 1, 1, dtype=torch.float64, requires_grad=True)
-    y = nn.functional.batch_norm(x + bias, None, None, training=True)
-    (y * torch.randn_like(y)).sum().backward()
-    assert bias.grad.abs().max() < 1e-12
-    return "0, up to rounding"
+def bias_removed_from_the_file():
+    layer = nn.BatchNorm1d(1, eps=0).eval()
+    nn.init.constant_(layer.weight, 2.0)
+    nn.init.constant_(layer.running_var, 1 / 0.5**2)
+    nn.init.constant_(layer.running_mean, 5.0 + 0.3)
+    x = torch.randn(4, 1)
+    (change,) = (layer(x) - layer(x + 5.0)).mean(dim=0).tolist()
+    return f"by {change:.0f}".replace("-", "−")
 
 
-def gradients_of_the_modes():
-    x = torch.randn(64, 1, dtype=torch.float64)
-    statistics, dy = (x[:, 0].mean()[None], x.var(correction=0)[None]), torch.randn_like(x)
-    gradients, outputs = [], []
-    for training in (True, False):
-        leaf = x.clone().requires_grad_()
-        running = (None, None) if training else statistics
-        outputs.append(nn.functional.batch_norm(leaf, *running, training=training))
-        outputs[-1].backward(dy)
-        gradients.append(leaf.grad)
-    assert torch.allclose(*outputs) and not torch.allclose(*gradients, atol=1e-3)
-    return "it differs: in evaluation two of the three terms are missing"
+def turn_of_a_longer_filter():
+    x, dy = torch.randn(64, 5, dtype=torch.float64), torch.randn(64, 1, dtype=torch.float64)
+    turns = []
+    for length in (1, 3):
+        w = (length * torch.ones(5, 1, dtype=torch.float64)).requires_grad_()
+        y = nn.functional.batch_norm(x @ w, None, None, training=True, eps=1e-12)
+        (dw,) = torch.autograd.grad(y, w, dy)
+        turns.append(torch.atan(1e-4 * dw.norm() / w.norm()).item())
+    return f"{turns[0] / turns[1]:.0f} times less"
 
 
 def mistake_that_stays_hidden():
@@ -328,10 +356,11 @@ NUMBERS = {
         5: variance_of_the_output,
     },
     "channels": {
+        1: rules_that_agree,
         2: correlation_is_left,
         3: scale_is_forgotten,
-        4: grey_in_a_warm_batch,
-        5: learnt_numbers,
+        4: red_is_shuffled,
+        5: branches_side_by_side,
     },
     "forward": {
         1: running_variance,
@@ -342,9 +371,9 @@ NUMBERS = {
     },
     "backward": {
         1: values_that_receive_a_gradient,
-        2: gradient_of_gamma,
-        3: gradient_of_a_bias,
-        4: gradients_of_the_modes,
+        2: gradient_without_a_share_in_the_loss,
+        3: bias_removed_from_the_file,
+        4: turn_of_a_longer_filter,
         5: mistake_that_stays_hidden,
     },
     "gpu": {2: shortest_time, 3: sectors, 4: digits_of_one_pass},
@@ -408,7 +437,8 @@ def test_answers_and_folds_are_told_apart_by_ear(site, reading, path):
                 yield name
 
     opening = named("DisclosureTriangle")
-    answers = [(at, name) for at, name in opening if name != "Show the code of this figure"]
+    other = ("Show the code of this figure", "Going deeper")
+    answers = [(at, name) for at, name in opening if not name.startswith(other)]
     asked = quiz(nb)
     assert len(answers) == sum(len(options) for _, options in asked)
     heard = [(next(questions_above(nodes[at])), name) for at, name in answers]
