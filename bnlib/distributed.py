@@ -102,6 +102,7 @@ def _collective(
     except RuntimeError as error:
         raise RuntimeError(
             f"synchronised batch norm: {name} failed on rank {dist.get_rank(group)} of "
-            f"{dist.get_world_size(group)}: another rank has died, is late, or runs a different "
-            f"number of batch norms"
+            f"{dist.get_world_size(group)}: another rank has died, is late (the first call of a "
+            "new installation compiles for seconds: give init_process_group a longer timeout), or "
+            "runs a different number of batch norms"
         ) from error

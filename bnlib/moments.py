@@ -96,9 +96,14 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
     wide = _widest(xp, x)
     if count == 0:
         return Moments(0, xp.sum(x, axis=axes), xp.sum(x, axis=axes, dtype=wide))
-    mean = xp.mean(x, axis=axes)
+
+    def mean_of(v: Any) -> Any:
+        # Libraries may add one by one: in float32 a constant would not be its own mean.
+        return xp.astype(xp.sum(v, axis=axes, dtype=wide) / count, x.dtype, copy=False)
+
+    mean = mean_of(x)
     d = x - per_channel(mean, x.ndim, channel_axis)
-    rest = xp.mean(d, axis=axes)
+    rest = mean_of(d)
     d = xp.astype(d - per_channel(rest, x.ndim, channel_axis), wide, copy=False)
     return Moments(count, mean + rest, xp.sum(d * d, axis=axes))
 

@@ -121,7 +121,9 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
     one it takes CPU tensors too, and shards that are uneven or empty; it is no subclass of it,
     because DistributedDataParallel refuses those on the CPU. In evaluation, and without an
     initialised process group, it does what BatchNorm does. ``torch.compile`` leaves the
-    synchronised step out of its graphs, and so refuses ``fullgraph=True`` for it.
+    synchronised step out of its graphs, and so refuses ``fullgraph=True`` for it. Every rank must
+    run every layer as often: a rank that has run out of data goes on with empty batches, since
+    ``DistributedDataParallel.join`` stands in for the gradients' collectives alone.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as

@@ -68,7 +68,7 @@ def test_statistics_have_at_least_32_bits(dtype, expected):
 
 
 @pytest.mark.parametrize("asarray", [np.asarray, torch.asarray])
-@pytest.mark.parametrize("size", [1e17, 1e25, 1e33])
+@pytest.mark.parametrize("size", [1e17, 1e25, 1e37])
 def test_sums_of_squares_beyond_float32(asarray, size):
     x = np.full((40000, 2), size, dtype=np.float32)
     x[::2] *= -1
@@ -122,6 +122,18 @@ def test_a_constant_channel_has_no_negative_m2(value):
     x[0, 0] = np.nextafter(x[0, 0], np.float32(np.inf))
     assert (moments(x).m2 >= 0).all()
     assert moments(x).mean[1] == x[1, 1]
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, torch.asarray])
+@pytest.mark.parametrize("shape", [(100_003, 2), (1, 2, 97, 97)], ids=str)
+def test_a_constant_is_its_own_mean(shape, asarray):
+    """Channels last, NumPy adds the values one by one."""
+    for value in (0.1, 3.3, 100.1, 7e6):
+        x = asarray(
+            np.moveaxis(np.full((*shape[:1], *shape[2:], shape[1]), value, np.float32), -1, 1)
+        )
+        got = moments(x)
+        assert (got.mean == x[0, 0].flatten()[0]).all() and (got.m2 == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5), (2, 3, 0), (0, 3, 0, 2)])
