@@ -15,6 +15,7 @@ from test_pages import Visit
 from torch import nn
 
 import bnlib
+from bnlib.datasets import photo_patches
 from bnlib.fold import fold_conv_bn
 
 # --- Form -----------------------------------------------------------------------------------------
@@ -106,13 +107,22 @@ def means_of_a_batch():
     return f"{stats.mean.size} means, one for each colour, of {stats.count} values each"
 
 
-def means_after_a_convolution():
-    features = nn.Conv2d(3, 64, 3)(torch.zeros(2, 3, 8, 8))
-    return f"{bnlib.moments(features).mean.numel()}, one for each filter"
+def one_channel_of_one_image():
+    x = RNG.normal(size=(8, 3, 4, 4))
+    changed = x.copy()
+    changed[5, 2] = 0
+    difference = bnlib.batch_norm_forward(changed)[0] != bnlib.batch_norm_forward(x)[0]
+    assert difference[:, 2].all() and not difference[:, :2].any()
+    return "channel 2 of all eight images"
 
 
-def axes_with_channels_last():
-    return f"`{bnlib.reduction_axes(4, channel_axis=-1)}`"
+def shuffled_positions():
+    x = RNG.normal(size=(8, 3, 36))
+    orders = RNG.permuted(np.tile(np.arange(36), (8, 1)), axis=1)[:, None, :]
+    shuffled = np.take_along_axis(bnlib.batch_norm_forward(x)[0], orders, axis=2)
+    after = bnlib.batch_norm_forward(np.take_along_axis(x, orders, axis=2))[0]
+    assert np.abs(after - shuffled).max() < 1e-12 < np.abs(x - shuffled).max()
+    return "what came out before, shuffled in the same way"
 
 
 def shape_that_is_silently_wrong():
@@ -200,12 +210,17 @@ def branches_side_by_side():
     return "no, the outputs are the same"
 
 
-def running_variance():
-    x = torch.tensor([[-1.0], [-1.0], [-1.0], [3.0]], dtype=torch.float64)
-    assert x.var(correction=0) == 3
-    layer = nn.BatchNorm1d(1, momentum=0.1, dtype=torch.float64)
-    layer(x)
-    return f"{layer.running_var.item():.1f}"
+def one_image_repeated():
+    image = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    outputs, variances = [], []
+    for copies in (1, 32):
+        layer = nn.BatchNorm2d(3, dtype=torch.float64)
+        outputs.append(layer(image.expand(copies, -1, -1, -1))[:1])
+        variances.append(layer.running_var)
+    assert torch.allclose(*outputs, rtol=0, atol=1e-12)
+    once, often = variances
+    assert (often < once).all() and torch.allclose(once, often, rtol=0.1)
+    return "the output is the same; `running_var` is a little smaller in the second case"
 
 
 def weak_channel():
@@ -218,17 +233,20 @@ def two_halves():
     return f"{np.concatenate([half, half + 4]).var():.0f}"
 
 
-def evaluation_of_one():
-    layer = nn.BatchNorm2d(3).double()
-    layer(3 + torch.randn(8, 3, 4, 4, dtype=torch.float64))
-    batch = torch.randn(32, 3, 4, 4, dtype=torch.float64)
-    assert torch.equal(layer.eval()(batch)[:1], layer(batch[:1]))
-    return "it is the same both times"
+def evaluation_after_pairs():
+    x = torch.tensor(photo_patches().train_x, dtype=torch.float64)
+    layer = nn.BatchNorm2d(3, momentum=None, affine=False, dtype=torch.float64)
+    for pair in torch.randint(len(x), (3000, 2)):
+        layer(x[pair])
+    variance = layer.eval()(x).var(dim=(0, 2, 3), correction=0)
+    assert (variance > 1.5).all()
+    return "clearly more than 1"
 
 
-def largest_output():
-    x = np.append(np.tile([-1.0, 1.0], 50)[:99], 1e6)[:, None]
-    assert 9.9 < bnlib.batch_norm_forward(x)[0][-1, 0] < 99**0.5 < 10
+def one_that_differs():
+    x = np.full((100, 1), 3.0)
+    x[0] = 4.0
+    assert 9.9 < bnlib.batch_norm_forward(x, eps=1e-5)[0][0, 0] < 99**0.5 < 10
     return "just under 10"
 
 
@@ -350,8 +368,8 @@ def dead_channel():
 NUMBERS = {
     "which-axes": {
         1: means_of_a_batch,
-        2: means_after_a_convolution,
-        3: axes_with_channels_last,
+        2: one_channel_of_one_image,
+        3: shuffled_positions,
         4: shape_that_is_silently_wrong,
         5: variance_of_the_output,
     },
@@ -363,11 +381,11 @@ NUMBERS = {
         5: branches_side_by_side,
     },
     "forward": {
-        1: running_variance,
+        1: one_image_repeated,
         2: weak_channel,
         3: two_halves,
-        4: evaluation_of_one,
-        5: largest_output,
+        4: evaluation_after_pairs,
+        5: one_that_differs,
     },
     "backward": {
         1: values_that_receive_a_gradient,
