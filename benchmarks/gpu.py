@@ -151,6 +151,8 @@ def stand_in(torch):
         astype=lambda x, dtype, copy=True: x.to(dtype, copy=copy),
         isdtype=lambda dtype, kind: {"real floating": dtype.is_floating_point}[kind],
     )
+    info = types.SimpleNamespace(dtypes=lambda device, kind: {"float64": torch.float64})
+    xp.__array_namespace_info__ = lambda: info
     for name in ("finfo", "float32", "mean", "reshape", "sqrt", "sum"):
         setattr(xp, name, getattr(torch, name))
     module = types.ModuleType("array_api_compat")

@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from bnlib.axes import per_channel, reduction_axes
 
@@ -198,5 +198,5 @@ def at_least_float32(xp: Any, x: Any) -> Any:
 
 def _widest(xp: Any, x: Any) -> Any:
     """Return float64, or the dtype of ``x`` where its library or its device has no such thing."""
-    kinds = xp.__array_namespace_info__().dtypes(device=device(x), kind="real floating")
+    kinds = xp.__array_namespace_info__().dtypes(device=x.device, kind="real floating")
     return kinds.get("float64", x.dtype)

@@ -92,6 +92,7 @@ def test_against_float64_in_the_interpreter(file):
 # --- Compiled for a GPU ---------------------------------------------------------------------------
 
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",

@@ -81,14 +81,17 @@ def check_plain(**tensors: Tensor | None) -> None:
     Raises:
         TypeError: a subclass of torch.Tensor, or another layout than torch.strided.
     """
-    if not is_plain(*tensors.values()):
-        for name, value in tensors.items():
-            if not is_plain(value):
-                layout = f" of {value.layout}" if isinstance(value, Tensor) else ""
-                raise TypeError(
-                    f"expected {name} to be a plain strided torch.Tensor, "
-                    f"got {type(value).__name__}{layout}"
-                )
+    if is_plain(*tensors.values()):
+        return
+    for name, value in tensors.items():
+        if value is None or is_plain(value):
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"expected {name} to be a plain strided torch.Tensor, "
+            f"got {type(value).__name__} of {value.layout}"
+        )
 
 
 def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
