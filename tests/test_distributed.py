@@ -219,10 +219,21 @@ def one_value_in_all(rank: int, world: int, folder: str) -> None:
         SyncBatchNorm(3)(torch.zeros(shape))
     y = SyncBatchNorm(3)(torch.full((1, 3, 1, 1), float(rank)))  # one value each is two in all
     assert y.flatten().sign().tolist() == [2.0 * rank - 1] * 3
+
+    layer = SyncBatchNorm(3, momentum=None)
+    for samples in (0, 4 * rank, 0):  # nothing on any rank, nothing on the first
+        layer(torch.arange(3.0 * samples).view(samples, 3, 1, 1))
+    assert layer.num_batches_tracked == 1
+    assert layer.running_var.tolist() == [15.0] * 3  # of 0, 3, 6, 9 and so on
+
+    layer = SyncBatchNorm(3, momentum=1.0)  # sums of squares that float32 does not hold
+    y = layer(torch.full((4000, 3, 4, 4), 1e17 * (2 * rank - 1)))
+    torch.testing.assert_close(y, torch.full_like(y, 2 * rank - 1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.running_var, torch.full((3,), 1e34), rtol=1e-4, atol=0)
     dist.destroy_process_group()
 
 
-def test_one_value_per_channel_counts_over_all_ranks(tmp_path: Path) -> None:
+def test_what_all_ranks_together_have_counts(tmp_path: Path) -> None:
     mp.spawn(one_value_in_all, (2, str(tmp_path)), 2)
 
 
