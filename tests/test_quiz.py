@@ -16,7 +16,7 @@ from torch import nn
 
 import bnlib
 from bnlib.datasets import photo_patches
-from bnlib.fold import fold_conv_bn
+from bnlib.fold import fold_batch_norm, fold_conv_bn
 
 # --- Form -----------------------------------------------------------------------------------------
 
@@ -300,6 +300,11 @@ def mistake_that_stays_hidden():
     return "the path through the variance is missing"
 
 
+def share_of_a_step():
+    convolutions, norms = 70 / 4, 30 / 2
+    return f"{100 * norms / (convolutions + norms):.0f} %"
+
+
 def shortest_time():
     bytes_of_a_pass = 128 * 256 * 56 * 56 * 2
     times = {passes: 1e6 * passes * bytes_of_a_pass / 4e12 for passes in (1, 3, 4, 8)}
@@ -322,9 +327,29 @@ def digits_of_one_pass():
     return "not one digit need be right"
 
 
-def mean_of_uneven_shards():
-    parts = [bnlib.moments(np.full((7, 1), 2.0)), bnlib.moments(np.full((1, 1), 10.0))]
-    return f"{bnlib.merge(*parts).mean[0]:.0f}"
+def own_part_first():
+    parts = RNG.normal(size=64).astype(np.float32)
+    by_number, own_first = set(), set()
+    for last in range(64):
+        own_first.add(float(sum(np.delete(parts, last), parts[last])))
+        by_number.add(float(sum(parts, np.float32(0))))
+    assert len(by_number) == 1 < len(own_first)
+    return "no: the order of the sum depends on which program comes last"
+
+
+def the_same_images_everywhere():
+    one = bnlib.moments(RNG.normal(size=(4, 3, 5, 5)))
+    eight = bnlib.merge(*[one] * 8)
+    assert np.allclose(eight.mean, one.mean) and np.allclose(eight.var(), one.var())
+    assert (eight.var(correction=1) < one.var(correction=1)).all()
+    return "only `running_var`, which is a little smaller"
+
+
+def variance_of_uneven_shards():
+    one_image = np.tile([-1.0, 1.0], 50)[:, None]  # mean 0, variance 1
+    parts = [bnlib.moments(np.tile(one_image, (n, 1)) + mean) for n, mean in ((7, 2), (1, 10))]
+    assert all(np.allclose(part.var(), 1) for part in parts)
+    return f"{bnlib.merge(*parts).var()[0]:.0f}"
 
 
 def global_count():
@@ -350,15 +375,18 @@ def folded_bias():
     return f"{fold_conv_bn(conv, norm).bias.item():.4g}"
 
 
-def axis_of_a_transposed_convolution():
-    layer = nn.ConvTranspose2d(16, 32, 3)
-    norm = nn.BatchNorm2d(32).eval()
-    nn.init.uniform_(norm.weight, 1, 2)
-    folded = fold_conv_bn(layer, norm)
-    assert layer.weight.shape == (16, 32, 3, 3)
-    s = norm.weight / (1 + norm.eps) ** 0.5
-    assert torch.allclose(folded.weight, layer.weight * s[None, :, None, None])
-    return "axis 1"
+def slope_of_a_grouped_weight():
+    layer, norm = nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6).eval()
+    assert layer.weight.shape == (4, 3, 3, 3)
+    norm.weight.data = torch.arange(6.0)
+    ratio = (fold_conv_bn(layer, norm).weight / layer.weight)[3, 1].mean().item()
+    return f"$a_{round(ratio)}$"
+
+
+def into_the_layer_after():
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+    assert fold_batch_norm(nn.Sequential(*layers).eval()).fold_report.folded == {"2": "3"}
+    return "into the second convolution"
 
 
 def dead_channel():
@@ -394,9 +422,24 @@ NUMBERS = {
         4: turn_of_a_longer_filter,
         5: mistake_that_stays_hidden,
     },
-    "gpu": {2: shortest_time, 3: sectors, 4: digits_of_one_pass},
-    "distributed": {2: mean_of_uneven_shards, 3: global_count},
-    "folding": {1: folded_bias, 2: axis_of_a_transposed_convolution, 5: dead_channel},
+    "gpu": {
+        1: share_of_a_step,
+        2: shortest_time,
+        3: sectors,
+        4: digits_of_one_pass,
+        5: own_part_first,
+    },
+    "distributed": {
+        1: the_same_images_everywhere,
+        2: variance_of_uneven_shards,
+        3: global_count,
+    },
+    "folding": {
+        1: folded_bias,
+        2: slope_of_a_grouped_weight,
+        4: into_the_layer_after,
+        5: dead_channel,
+    },
 }
 
 
