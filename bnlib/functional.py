@@ -16,8 +16,10 @@ from bnlib import reference
 from bnlib.kernels import (
     check_beside,
     check_per_channel,
+    check_plain,
     dense,
     empty_mask,
+    in_memory,
     is_plain,
     pack_mask,
     unpack_mask,
@@ -150,7 +152,14 @@ def batch_norm(
     apply = _apply
     if _is_compiling():  # and synchronised: this call stays out of the graph
         apply = torch.compiler.disable(_BatchNorm.apply)
-    relu, kernels = activation == "relu", _kernels(backend, *tensors, residual)
+    plain = is_plain(*tensors, residual)
+    if not plain:
+        input, weight, bias, residual = map(in_memory, (input, weight, bias, residual))
+        if backend in ("cpu", "gpu"):
+            check_plain(running_mean=running_mean, running_var=running_var)
+            check_plain(weight=weight, bias=bias, residual=residual)
+        plain = is_plain(input, running_mean, running_var, weight, bias, residual)
+    relu, kernels = activation == "relu", _kernels(input, backend, plain)
     how = (training, momentum, eps, relu, group, kernels, torch.is_grad_enabled())
     return apply(input, weight, bias, residual, (running_mean, running_var, *how))
 
@@ -171,7 +180,7 @@ class _BatchNorm(torch.autograd.Function):
         needs_grad = enabled and any(ctx.needs_input_grad)  # in here no gradient is ever enabled
         tensors = (x, running_mean, running_var, weight, bias, residual)
         how = (training, momentum, eps, relu, relu and needs_grad, group)
-        y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *how)
+        y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *how, trusted=True)
         if needs_grad:
             ctx.save_for_backward(x, weight, mean, inv_std, mask)
             ctx.options = (eps, group, kernels, None if batch is None else batch.count)
@@ -197,7 +206,10 @@ class _BatchNorm(torch.autograd.Function):
                 mean, inv_std = batch.mean, _inv_std(batch, eps)
         saved = (x, weight, mean, inv_std, mask, count)
         needs = (need_x, need_weight or need_bias, need_residual)
-        dx, sum_dy, sum_dy_x_hat, dresidual = _backward(kernels, dy, *saved, *needs, group)
+        trusted = dy.dtype == x.dtype and dy.shape == x.shape  # whatever unpacked x
+        dx, sum_dy, sum_dy_x_hat, dresidual = _backward(
+            kernels, dy, *saved, *needs, group, trusted=trusted
+        )
         # Autograd casts them to the dtypes of the weight and the bias.
         return (
             dx,
@@ -226,10 +238,12 @@ def _forward(
     relu: bool,
     keep_mask: bool,
     group: Any,
+    *,
+    trusted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Moments | None]:
     """Return y, mean, inv_std, the mask if it is to be kept, and the batch's moments in training.
 
-    In training the running statistics move.
+    In training the running statistics move. What is ``trusted`` has been checked for the kernels.
     """
     mask = getattr(kernels, "empty_mask", empty_mask)(x) if keep_mask else None
     fused = (residual, relu, mask)
@@ -238,12 +252,11 @@ def _forward(
         mean, inv_std = _widen(running_mean), torch.rsqrt(_widen(running_var) + eps)
         y = _normalize(kernels, x, mean, inv_std, weight, bias, *fused)
         return y, mean, inv_std, mask, None
-    running: dict[str, Any] = {}  # what the kernels move themselves
     if group is None and kernels is not reference:
-        if getattr(kernels, "MOVES_RUNNING_STATISTICS", False):
-            running = {"running_mean": running_mean, "running_var": running_var}
-            running["momentum"] = momentum
-        y, batch, inv_std = kernels.moments_and_normalize(x, weight, bias, eps, *fused, **running)
+        running = {"running_mean": running_mean, "running_var": running_var, "momentum": momentum}
+        y, batch, inv_std = kernels.moments_and_normalize(
+            x, weight, bias, eps, *fused, **running, trusted=trusted
+        )
     else:
         batch = kernels.moments(x)
         if group is not None:
@@ -256,7 +269,6 @@ def _forward(
                 momentum = momentum(batch.count)
         inv_std = _inv_std(batch, eps)
         y = _normalize(kernels, x, batch.mean, inv_std, weight, bias, *fused)
-    if not running:
         _update(running_mean, running_var, batch, momentum)
     return y, batch.mean, inv_std, mask, batch
 
@@ -274,6 +286,8 @@ def _backward(
     need_sums: bool,
     need_residual: bool,
     group: Any,
+    *,
+    trusted: bool,
 ) -> tuple[Any, Any, Any, Any]:
     """Return dx, sum_dy, sum_dy_x_hat and dresidual, those that are needed.
 
@@ -286,7 +300,9 @@ def _backward(
         dresidual = dy if mask is None else kernels.empty_like(x)
     fused = {} if mask is None else {"mask": mask, "dresidual": dresidual}
     if need_x and count is not None and group is None and kernels is not reference:
-        out = kernels.grad_sums_and_input(dy, x, mean, inv_std, weight, count, **fused)
+        out = kernels.grad_sums_and_input(
+            dy, x, mean, inv_std, weight, count, **fused, trusted=trusted
+        )
         return *out, dresidual
     dx: Any = None
     sums: Any = (None, None)
@@ -370,7 +386,8 @@ def _operator(
     running = (None, None) if training else (running_mean, running_var)
     options = (training, 0.0, eps, relu, keep_mask, None)
     tensors = (x, *running, weight, bias, residual)
-    y, mean, inv_std, mask, batch = _forward(_kernels(backend, *tensors), *tensors, *options)
+    kernels = _kernels(x, backend)
+    y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *options, trusted=False)
     var = batch.var(correction=1) if batch is not None and batch.count else torch.zeros_like(mean)
     statistics = torch.stack((mean, var, inv_std)).to(_widened(x))
     return dense(y, x), statistics, _nothing(x) if mask is None else mask
@@ -416,10 +433,10 @@ def _operator_backward(
             f"got shape {tuple(statistics.shape)}"
         )
     x = dense(x)
-    kernels, (mean, _, inv_std) = _kernels(_forced(backend), x), statistics
+    kernels, (mean, _, inv_std) = _kernels(x, _forced(backend)), statistics
     saved = (x, weight, mean, inv_std, mask, x.numel() // x.shape[1] if training else None)
     needs = (need_x, need_sums, need_residual)
-    dx, *sums, dresidual = _backward(kernels, dy, *saved, *needs, None)
+    dx, *sums, dresidual = _backward(kernels, dy, *saved, *needs, None, trusted=False)
     return (
         dense(dx, x) if need_x else _nothing(x),
         torch.stack(sums) if need_sums else _nothing(statistics),
@@ -682,16 +699,14 @@ def _normalize(
     return torch.relu(y) if relu else y
 
 
-def _kernels(backend: str, x: Tensor, *others: Tensor | None) -> ModuleType:
-    """The module whose primitives serve ``x``, beside the other tensors."""
+def _kernels(x: Tensor, backend: str, plain: bool = True) -> ModuleType:
+    """The module whose primitives serve ``x``, beside other tensors that are plain or not."""
     if backend == "reference" or x.numel() == 0:
         return reference
     if backend == "auto":
         name = "cpu" if x.is_cpu else "gpu" if x.is_cuda else None
         kernels = None if name is None else _load(name)
-        if kernels is not None and kernels.supports(x) and is_plain(*others):
-            return kernels
-        return reference
+        return kernels if kernels is not None and plain and kernels.supports(x) else reference
     kernels = _module(backend)
     if not kernels.supports(x):
         raise ValueError(

@@ -73,7 +73,7 @@ def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
         on = types.SimpleNamespace(
             is_cpu=False, is_cuda=True, numel=lambda: 1, is_supported=is_supported
         )
-        assert functional._kernels("auto", on) is expected
+        assert functional._kernels(on, "auto") is expected
 
 
 # --- In the interpreter ---------------------------------------------------------------------------
@@ -577,8 +577,8 @@ sys.meta_path.insert(0, Broken())
 on_a_gpu = types.SimpleNamespace(is_cpu=False, is_cuda=True, numel=lambda: 1)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    assert functional._kernels("auto", on_a_gpu) is reference
-    assert functional._kernels("auto", on_a_gpu) is reference
+    assert functional._kernels(on_a_gpu, "auto") is reference
+    assert functional._kernels(on_a_gpu, "auto") is reference
 assert len(seen) == 1, seen
 print(seen[0].message)
 functional.batch_norm(torch.ones(2, 3), None, None, training=True, backend="gpu")

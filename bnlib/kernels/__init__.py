@@ -15,7 +15,8 @@ a tensor. This file needs torch alone; the modules are imported when they are fi
 
 A kernel trusts what it is told, and would read past the end of a tensor that is smaller, or where
 there is none: ``check_plain``, ``check_vectors``, ``check_like`` and ``check_mask`` stand before
-every one of them, and whatever it reads goes through ``in_memory``.
+every one of them. Only who has checked as much (:mod:`bnlib.functional`) calls the two passes with
+``trusted=True``.
 
 The layout of the mask is the business of whoever writes and reads it: ``gpu`` has an ``empty_mask``
 and an ``unpack_mask`` of its own, for which neighbours in memory share a byte.
@@ -24,6 +25,7 @@ and an ``unpack_mask`` of its own, for which neighbours in memory share a byte.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,23 +34,22 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Return whether each is None or a strided tensor of no subclass, as kernels can read it."""
+    """Return whether each is None or has its numbers in memory, where kernels can read them.
+
+    That is a strided tensor of no subclass, and neither a view that torch negates by a flag nor its
+    zeros without memory.
+    """
     for t in tensors:
-        if type(t) not in _PLAIN or (t is not None and t.layout != torch.strided):
+        if type(t) not in _PLAIN:
+            return False
+        if t is not None and (t.layout != torch.strided or t.is_neg() or t._is_zerotensor()):
             return False
     return True
 
 
-def in_memory(t: Tensor) -> Tensor:
-    """Return ``t``, or a copy where its memory does not hold its numbers.
-
-    torch negates a view by a flag, and has zeros without memory.
-    """
-    if t.is_neg():
-        return t.resolve_neg()
-    if t._is_zerotensor():
-        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
-    return t
+def in_memory(t: Any) -> Any:
+    """Return ``t``, or its copy if it is a negative view or torch's zeros without memory."""
+    return t.clone() if t is not None and (t.is_neg() or t._is_zerotensor()) else t
 
 
 def channels_are_neighbours(x: Tensor) -> bool:
@@ -66,7 +67,6 @@ def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
     Returns:
         ``x`` itself where it lies so already.
     """
-    x = in_memory(x)
     if channels_are_neighbours(x if like is None else like):
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
@@ -79,7 +79,8 @@ def check_plain(**tensors: Tensor | None) -> None:
         tensors: by the names that the error shall give them.
 
     Raises:
-        TypeError: a subclass of torch.Tensor, or another layout than torch.strided.
+        TypeError: a subclass of torch.Tensor, another layout than torch.strided, a negative view,
+            or zeros without memory.
     """
     if is_plain(*tensors.values()):
         return
@@ -89,8 +90,10 @@ def check_plain(**tensors: Tensor | None) -> None:
         if not isinstance(value, Tensor):
             raise TypeError(f"expected {name} to be a torch.Tensor, got {type(value).__name__}")
         raise TypeError(
-            f"expected {name} to be a plain strided torch.Tensor, "
+            f"expected {name} to be a plain strided torch.Tensor with its numbers in memory, "
             f"got {type(value).__name__} of {value.layout}"
+            f"{', a negative view' if value.is_neg() else ''}"
+            f"{', zeros without memory' if value._is_zerotensor() else ''}"
         )
 
 
@@ -133,10 +136,10 @@ def check_like(x: Tensor, **tensors: Tensor | None) -> None:
     Raises:
         TypeError, ValueError: as :func:`check_plain` and :func:`check_vectors`.
     """
-    check_plain(**tensors)
     for name, value in tensors.items():
         if value is None:
             continue
+        check_plain(**{name: value})
         check_beside(name, value, x.device)
         if value.shape != x.shape or value.dtype != x.dtype:
             raise ValueError(
@@ -169,7 +172,7 @@ def check_mask(x: Tensor, mask: Tensor | None, shape: tuple[int, ...]) -> None:
         )
     if mask.device != x.device:
         raise ValueError(f"expected mask on {x.device}, where the input is, got {mask.device}")
-    _check_writable("mask", mask)
+    check_plain(mask=mask)
 
 
 def check_layout(x: Tensor, dresidual: Tensor | None) -> None:
@@ -182,20 +185,11 @@ def check_layout(x: Tensor, dresidual: Tensor | None) -> None:
     Raises:
         ValueError: another layout.
     """
-    if dresidual is None:
-        return
-    _check_writable("dresidual", dresidual)
-    if dense(dresidual, x).data_ptr() != dresidual.data_ptr():
+    if dresidual is not None and dense(dresidual, x).data_ptr() != dresidual.data_ptr():
         raise ValueError(
             "expected dresidual of empty_like(x), in the layout of x, got strides "
             f"{dresidual.stride()} where x has {x.stride()} (channels on axis 1)"
         )
-
-
-def _check_writable(name: str, value: Tensor) -> None:
-    check_plain(**{name: value})
-    if in_memory(value) is not value:
-        raise ValueError(f"expected {name} with memory of its own, got torch's zeros or a negation")
 
 
 def check_beside(name: str, value: Tensor, device: torch.device) -> None:

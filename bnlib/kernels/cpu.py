@@ -47,7 +47,6 @@ from bnlib.kernels import (
     check_mask,
     check_vectors,
     dense,
-    in_memory,
     is_plain,
     mask_shape,
 )
@@ -70,9 +69,6 @@ from bnlib.kernels.lanes import (
     total,
 )
 from bnlib.moments import Moments
-
-# moments_and_normalize takes them as arguments and moves them.
-MOVES_RUNNING_STATISTICS = True
 
 # How Numba sees the elements: it has no 16-bit floats, so those travel as integers.
 _STORED = {
@@ -995,7 +991,7 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...]) -> _Plan:
 
 def _beside(t: Tensor, x: Tensor) -> Tensor:
     """``t`` in the layout of ``x``."""
-    return in_memory(t) if t.stride() == x.stride() else dense(t, x)
+    return t if t.stride() == x.stride() else dense(t, x)
 
 
 def _checked(
@@ -1005,7 +1001,7 @@ def _checked(
     if not supports(x) or x.dim() < 2:
         what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected x to be a floating-point CPU tensor of rank >= 2, got {what}")
-    x = in_memory(x).movedim(channel_axis, 1)
+    x = x.movedim(channel_axis, 1)
     check_vectors(x, **vectors)
     check_mask(x, mask, mask_shape(x))
     return x
@@ -1037,8 +1033,8 @@ def _vector(v: Tensor | None, default: float, x: Tensor) -> Tensor:
     if v is None:
         return _constant(default, x.shape[1], dtype)
     if v.dtype == dtype and v.is_contiguous():
-        return in_memory(v)
-    return in_memory(v.detach()).to(dtype).contiguous()
+        return v
+    return v.detach().to(dtype).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
@@ -1184,15 +1180,16 @@ def moments_and_normalize(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.0,
+    trusted: bool = False,
 ) -> tuple[Tensor, Moments, Tensor]:
     """Return ``(y, Moments, inv_std)``: both steps of a channel while it is in the cache.
 
     Running statistics, if given, are moved in place by ``momentum``.
     """
-    vectors = {"weight": weight, "bias": bias}
-    vectors |= {"running_mean": running_mean, "running_var": running_var}
-    x = _checked(x, 1, mask, **vectors)
-    check_like(x, residual=residual)
+    if not trusted:
+        x = _checked(x, 1, mask, weight=weight, bias=bias)
+        check_vectors(x, running_mean=running_mean, running_var=running_var)
+        check_like(x, residual=residual)
     mean, m2, inv_std = _empty_statistics(x)
     given: tuple[Tensor, ...] = ()
     if running_mean is not None and running_var is not None:
@@ -1316,11 +1313,13 @@ def grad_sums_and_input(
     *,
     mask: Tensor | None = None,
     dresidual: Tensor | None = None,
+    trusted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
-    x = _checked(x, 1, mask, mean=mean, inv_std=inv_std, weight=weight)
-    check_like(x, dy=dy, dresidual=dresidual)
-    check_layout(x, dresidual)
+    if not trusted:
+        x = _checked(x, 1, mask, mean=mean, inv_std=inv_std, weight=weight)
+        check_like(x, dy=dy, dresidual=dresidual)
+        check_layout(x, dresidual)
     sum_dy, sum_dy_x_hat = sums = tuple(_empty_vectors(2, x))
     steps = _MEASURE | _APPLY
     dx = _backward(dy, x, weight, mean, inv_std, sums, max(count, 1), mask, dresidual, steps)

@@ -42,7 +42,6 @@ from bnlib.kernels import (
     check_mask,
     check_vectors,
     dense,
-    in_memory,
     is_plain,
 )
 from bnlib.moments import Moments
@@ -68,8 +67,6 @@ _FILLS = 64  # programs; fewer leave most of the chip idle, and splitting the ch
 _SMALL = 1 << 18  # elements; below, the launches cost more than an idle chip
 _GRID = 65535  # CUDA's limit on the second dimension of a grid
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-MOVES_RUNNING_STATISTICS = True  # moments_and_normalize can: functional.batch_norm need not
 
 # Triton would compile a kernel anew for sizes that are 1 or divisible by 16, so for other batches.
 _jit = functools.partial(triton.jit, do_not_specialize=["N", "C", "P", "S", "tiles", "per_program"])
@@ -693,6 +690,7 @@ def moments_and_normalize(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.0,
+    trusted: bool = False,
 ) -> tuple[Tensor, Moments, Tensor]:
     """Return what the forward of training needs: :func:`moments`, then :func:`normalize`.
 
@@ -702,14 +700,19 @@ def moments_and_normalize(
         running_mean, running_var: shape (C,), moved in place by ``momentum`` towards the mean and
             the unbiased variance of the batch, or None.
         momentum: weight of this batch in the running statistics.
+        trusted: whether the caller has checked all of them.
 
     Returns:
         ``(y, moments, inv_std)`` with inv_std = 1/√(m2/count + ε), shape (C,), float32.
     """
-    x = _checked(x)
-    check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    check_like(x, residual=residual)
-    check_mask(x, mask, _mask_shape(x))
+    if trusted:
+        x = dense(x)
+    else:
+        x = _checked(x)
+        check_vectors(x, weight=weight, bias=bias)
+        check_vectors(x, running_mean=running_mean, running_var=running_var)
+        check_like(x, residual=residual)
+        check_mask(x, mask, _mask_shape(x))
     running = _contiguous(running_mean, running_var)
     fused = residual is not None or mask is not None
     plan = _whole(*_shape(x), x.itemsize, fused) if x.numel() else None
@@ -796,11 +799,16 @@ def grad_sums_and_input(
     *,
     mask: Tensor | None = None,
     dresidual: Tensor | None = None,
+    trusted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, sum_dy, sum_dy_x_hat: :func:`grad_sums`, then :func:`grad_input`."""
-    x, dy, dresidual = _checked_backward(
-        x, dy, 1, mask, dresidual, mean=mean, inv_std=inv_std, weight=weight
-    )
+    if trusted:
+        x = dense(x)
+        dy = dense(dy, x)
+    else:
+        x, dy, dresidual = _checked_backward(
+            x, dy, 1, mask, dresidual, mean=mean, inv_std=inv_std, weight=weight
+        )
     plan = _whole(*_shape(x), x.itemsize, fused=True) if x.numel() else None
     if plan is None:
         sums = _grad_sums(dy, x, mean, inv_std, mask)
@@ -916,7 +924,7 @@ def _merge(kernel: Any, partials: Tensor, *args: Any) -> None:
 
 
 def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(v if v is None else in_memory(v).contiguous() for v in vectors)
+    return tuple(v if v is None else v.contiguous() for v in vectors)
 
 
 def _moved(given: tuple[Tensor | None, ...], used: tuple[Tensor | None, ...]) -> None:
