@@ -1,4 +1,5 @@
-# Needs Python 3.11 or newer, make and git; everything else is installed into .venv.
+# Needs Linux, Python 3.11 or newer, make and git; everything else is installed into .venv.
+# Tried on x86-64 with Python 3.11; README.md says what other systems get.
 # Paths are relative, and tools run as `python -m`, so that a folder name with a space works.
 
 PYTHON ?= python3

@@ -1,16 +1,21 @@
-"""nbval compares every stored output except pictures; this makes it compare those too.
+"""What nbval leaves out: pictures are compared, and a chapter that cannot run here is skipped.
 
 The pictures come from the same execution as the text. matplotlib ships its own rasteriser and
 fonts, so an unchanged figure gives the same pixels up to a last-bit difference between two CPUs,
 which moves the shade of a few pixels on an edge. A marker that moves changes more than that.
+
+Triton has packages for Linux only. Without it the notebooks that import it are skipped.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
+import re
 
 import numpy as np
+import pytest
 from nbval.plugin import IPyNbCell
 from PIL import Image
 
@@ -64,3 +69,17 @@ def compare_outputs(self: IPyNbCell, test: list, ref: list, skip_compare=None) -
 
 
 IPyNbCell.compare_outputs = compare_outputs
+
+
+_IMPORTS_TRITON = re.compile(r"^\s*(import|from) triton\b", re.MULTILINE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("triton") is not None:
+        return
+    skip = pytest.mark.skip(reason="needs triton, which has no package for this platform")
+    notebooks = {item.parent for item in items if isinstance(item, IPyNbCell)}
+    for notebook in notebooks:
+        code = [cell.source for cell in notebook.nb.cells if cell.cell_type == "code"]
+        if any(map(_IMPORTS_TRITON.search, code)):
+            notebook.add_marker(skip)

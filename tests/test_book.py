@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from html.entities import name2codepoint
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from alt_text import alt_problem
 from bs4 import BeautifulSoup
+from greek_search import LETTERS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from bnlib.plotting import AXIS_COLORS
@@ -361,6 +363,128 @@ def test_rule_finds_a_spoilt_chapter(rule, spoil):
     spoilt = copy.deepcopy(nb)
     spoil(spoilt)
     assert rule(spoilt)
+
+
+# --- Notation: one symbol, one meaning ------------------------------------------------------------
+
+GREEK = {name for name in name2codepoint if name.lower() in LETTERS}
+_NESTED = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
+_NOT_SYMBOLS = [
+    r"\\\\(\[[^\]]*\])?",
+    rf"_\s*(?:{_NESTED}|\\[A-Za-z]+(?:\{{[^{{}}]*\}})?|.)",  # subscripts: indices, names
+    r"\\(?:mathrm|mathsf|mathbb|text|operatorname\*?|begin|end)(?![A-Za-z])\s*(?:\{[^{}]*\}|\w)",
+]
+_SYMBOL = re.compile(r"(?:\\(hat|bar|tilde|mathbf|boldsymbol)\b[\s{]*)?\\?([A-Za-z]+)")
+
+
+def symbols(text):
+    """The symbols in a text's formulas, such as "x" or "hat x", without their subscripts."""
+    text = re.sub(r"(?<!`)`(?!`)[^`\n]+`(?!`)", "", text)  # code, which may hold dollars
+    found = set()
+    for display, inline in re.findall(r"\$\$(.*?)\$\$|\$([^$\n]+)\$", text, re.DOTALL):
+        formula = display or inline
+        for pattern in _NOT_SYMBOLS:
+            formula = re.sub(pattern, " ", formula)
+        formula = re.sub(r"(?<![A-Za-z\\])[A-Za-z]{2,}", lambda m: " ".join(m[0]), formula)
+        for accent, letter in _SYMBOL.findall(formula):
+            if len(letter) == 1 or letter == "ell" or letter.removeprefix("var") in GREEK:
+                found.add(f"{accent} {letter}".lstrip())
+    return found
+
+
+def notation(page):
+    """What the notation lists: symbols for every page, and (symbol, chapter) for one alone."""
+    whole, _, alone = page.partition("## In one chapter only")
+    alone, _, rest = alone.partition("\n## ")
+    everywhere = {
+        symbol
+        for cell in re.findall(r"^\| ?(.*?) ?\|", whole + rest, re.MULTILINE)
+        for symbol in symbols(cell)
+    }
+    single = {
+        (symbol, chapter)
+        for cell, where in re.findall(r"^\| ?(.*?) ?\| ?(.*?) ?\|", alone, re.MULTILINE)
+        for symbol in symbols(cell)
+        for chapter in re.findall(r"\(([\w/-]+)\.ipynb\)", where)
+    }
+    return everywhere, single
+
+
+NOTATION = (BOOK / "notation.md").read_text(encoding="utf-8")
+PROSE = {
+    p.relative_to(BOOK).with_suffix("").as_posix(): (
+        p.read_text(encoding="utf-8") if p.suffix == ".md" else prose(nbformat.read(p, 4))
+    )
+    for p in [*sorted(BOOK.glob("*.md")), *CHAPTERS]
+}
+
+
+@pytest.mark.parametrize("name", sorted(PROSE.keys() - {"notation"}))
+def test_every_symbol_is_listed(name):
+    everywhere, single = notation(NOTATION)
+    here = {symbol for symbol, chapter in single if chapter == name}
+    used = symbols(PROSE[name])
+    assert used <= everywhere | here, f"not in notation.md: {sorted(used - everywhere - here)}"
+    assert here <= used, f"notation.md lists for this chapter, in vain: {sorted(here - used)}"
+
+
+def test_symbols_are_found():
+    text = (
+        r"$\hat x_{nchw}$, $\mathrm{d}v \in \mathbb{R}^m$ and `$e$`"
+        r" $$\begin{aligned} rP &= \frac{\gamma}{2} \\ \sigma^2_\mathrm{run} &\textstyle\sum_{k}"
+        r"\operatorname{Var} \mathbf{U} ax \end{aligned}$$"
+    )
+    wanted = {"hat x", "v", "m", "r", "P", "gamma", "sigma", "mathbf U", "a", "x"}
+    assert symbols(text) == wanted
+
+
+# --- The bibliography -----------------------------------------------------------------------------
+
+_BY_HAND = re.compile(
+    r"\((?:1[89]\d\d|20[0-3]\d)[a-z]?\)|\bet al\.|\barXiv\b|(?<![\d.])\d{4}\.\d{5}(?!\d)"
+)
+
+
+def works_cited_by_hand(text):
+    """Years in brackets and arXiv numbers, outside code and citations."""
+    text = re.sub(r"(?<!`)`(?!`)[^`\n]+`(?!`)", "", text)
+    return [text[max(0, m.start() - 40) : m.end()] for m in _BY_HAND.finditer(text)]
+
+
+def bibliography_problems(bib, texts):
+    entries = re.findall(r"^@\w+\{(\S+),$", bib, re.MULTILINE)
+    waiting = re.findall(r"^%   (\w+): \w", bib, re.MULTILINE)
+    roles = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", "\n".join(texts))
+    cited = {key.strip() for keys in roles for key in keys.split(",")}
+    problems = [f"{key} is there twice" for key in set(entries) if entries.count(key) > 1]
+    problems += [f"{key} is cited, but there is no entry" for key in cited - set(entries)]
+    problems += [f"{key} waits, but there is no entry" for key in set(waiting) - set(entries)]
+    problems += [f"{key} is cited, but said to wait" for key in cited & set(waiting)]
+    uncited = set(entries) - cited - set(waiting)
+    problems += [f"nothing cites {key}, and it waits for no chapter" for key in uncited]
+    return sorted(problems)
+
+
+def test_every_work_is_cited_through_the_bibliography():
+    bib = (BOOK / "references.bib").read_text(encoding="utf-8")
+    assert bibliography_problems(bib, PROSE.values()) == []
+    assert {name: w for name, text in PROSE.items() if (w := works_cited_by_hand(text))} == {}
+
+
+def test_bibliography_rules_can_fail():
+    bib = "%   b: Traps\n@misc{a,\n}\n@book{b,\n}\n"
+    assert bibliography_problems(bib, ["{cite:t}`a`"]) == []
+    for wrong, text in [
+        (bib + bib, "{cite}`a`"),
+        (bib, "{cite:p}`a, c`"),
+        (bib, "{cite:p}`a,b`"),
+        (bib, ""),
+        (bib.replace("   b", "   c"), "{cite:p}`a,b`"),
+    ]:
+        assert bibliography_problems(wrong, [text])
+    for text in ("Huang (2018)", "Huang et al. did", "arXiv", "1804.08450"):
+        assert works_cited_by_hand(text)
+    assert works_cited_by_hand("m (2048) of 10.24432 and `arXiv` {cite:t}`he2016`") == []
 
 
 # --- The table of contents ------------------------------------------------------------------------

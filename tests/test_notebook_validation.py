@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -125,3 +126,29 @@ def test_failing_notebook_is_named_and_not_written(tmp_path):
     assert "cell 1" in done.stderr
     assert "ZeroDivisionError" in done.stderr
     assert path.read_bytes() == before
+
+
+# --- A machine without Triton ---------------------------------------------------------------------
+
+
+def validate_without_triton(*arguments: str, cwd: Path) -> str:
+    options = ["--nbval", "-rs", "-p", "no:cacheprovider", *arguments]
+    program = "import pytest, sys; sys.modules['triton'] = None; sys.exit(pytest.main({}))"
+    done = tool("-c", program.format(options), cwd=cwd)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_without_triton_a_notebook_that_imports_it_is_skipped_and_the_rest_passes(book):
+    sources = ["try:\n    import triton\nexcept ImportError:\n    pass", "1 / 0"]
+    cells = [nbformat.v4.new_code_cell(source, execution_count=1) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), book / "kernels.ipynb")
+    said = validate_without_triton("-c", "/dev/null", cwd=book)
+    assert "2 passed, 2 skipped" in said
+    assert "needs triton, which has no package for this platform" in said
+
+
+def test_without_triton_the_gpu_chapter_is_skipped():
+    said = validate_without_triton("book/scale/gpu.ipynb", cwd=ROOT)
+    assert "needs triton" in said
+    assert re.search(r"= \d+ skipped in", said), said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import doctest
 import itertools
@@ -9,13 +10,17 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import bnlib.nn
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -106,6 +111,14 @@ def test_citation_file(tmp_path):
     assert not conforms(spoilt, "vendor.citation-file-format")[0]
 
 
+def test_citation_file_offers_no_choice_of_licences():
+    """In CFF a list of licences means any one of them: the text would be under BSD too."""
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert yaml.safe_load(text)["license"] == project["license"] == "BSD-3-Clause"
+    assert "CC BY 4.0" in text and "LICENSE-CONTENT" in text
+
+
 def test_licences():
     assert (ROOT / "LICENSE").read_text().startswith("BSD 3-Clause License")
     assert "Creative Commons Attribution 4.0" in (ROOT / "LICENSE-CONTENT").read_text()
@@ -149,11 +162,66 @@ def test_example_of_the_readme_prints_what_it_says():
     assert run_examples(readme.replace("11.5", "11.6")).failed == 1
 
 
+def gradient_across_modes(layer):
+    """dx of a forward in evaluation, with a training step before its backward."""
+    x = torch.linspace(-1, 1, 24).reshape(4, 3, 2).requires_grad_()
+    y = layer.eval()(x)
+    layer.train()(3 * x.detach() + 2)
+    y.backward(torch.ones_like(y))
+    return x.grad
+
+
+def test_what_the_readme_says_of_a_training_step_between_evaluation_and_its_backward():
+    right = 1 / math.sqrt(1 + 1e-5)
+    assert (gradient_across_modes(torch.nn.BatchNorm1d(3)) - right).abs().max() > 0.1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient_across_modes(bnlib.nn.convert_batch_norm(torch.nn.BatchNorm1d(3)))
+
+
 def test_files_named_in_the_readme_exist():
     for name in re.findall(
         r"`([\w./-]+\.(?:md|py|cff|txt|toml))`", (ROOT / "README.md").read_text()
     ):
         assert (ROOT / name).is_file(), name
+
+
+# --- The API page ---------------------------------------------------------------------------------
+
+
+def public(path):
+    """The functions and classes of a module without a leading underscore, and their arguments."""
+    return {
+        node.name: ast.unparse(node.args) if isinstance(node, ast.FunctionDef) else None
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+def unlisted(page):
+    """Public names of bnlib that the API page neither documents nor names as left out."""
+    documented = set(re.findall(r":: (bnlib[\w.]*)", page))
+    left_out = set(re.findall(r"`(bnlib[\w.]*)`", page.partition("## Left out")[2]))
+    missing = []
+    for path in sorted((ROOT / "bnlib").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module in left_out or re.search(rf":: {module}\n +:members:", page):
+            continue
+        for name in public(path):
+            full = {f"{module}.{name}"} | ({f"bnlib.{name}"} if name in bnlib.__all__ else set())
+            if not full & (documented | left_out):
+                missing.append(f"{module}.{name}")
+    return missing
+
+
+def test_api_page_lists_every_public_name_or_says_that_it_does_not():
+    page = (ROOT / "book" / "api.md").read_text(encoding="utf-8")
+    cpu, gpu = (public(ROOT / "bnlib" / "kernels" / f"{name}.py") for name in ("cpu", "gpu"))
+    listed = re.findall(r":: bnlib\.kernels\.gpu\.(\w+)", page)
+    assert "has the first seven under the same names and with the same arguments" in page
+    assert {name: cpu[name] for name in listed[:7]} == {name: gpu[name] for name in listed[:7]}
+    assert [m for m in unlisted(page) if m.removeprefix("bnlib.kernels.cpu.") not in listed] == []
+    spoilt = page.replace(".. autofunction:: bnlib.merge\n", "").replace("at_least_float32", "x")
+    assert {"bnlib.moments.merge", "bnlib.moments.at_least_float32"} <= set(unlisted(spoilt))
 
 
 # --- Requirements ---------------------------------------------------------------------------------
@@ -216,32 +284,63 @@ def mean(ratios):
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def test_readme_quotes_the_measured_ratios():
+def quoted():
+    """What the README's section "Measured" must print, from what was measured."""
     with (ROOT / "book" / "data" / "cpu.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     operations = ["forward+backward", "forward+backward, add, ReLU"]
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     against_compile = []
     for name, layout in (("NCHW", "contiguous"), ("channels_last", "channels_last")):
-        for batch in ("32", "8"):
+        for batch, threads in itertools.product(("32", "8"), "12"):
             cells = []
             for pages, operation in itertools.product("01", operations):
                 where = {"layout": layout, "batch": batch, "operation": operation}
-                found = measured(rows, "eager_ratio", threads="1", huge_pages=pages, **where)
+                where |= {"threads": threads, "huge_pages": pages}
+                found = measured(rows, "eager_ratio", **where)
                 assert len(found) == 12
                 cells.append(f"{mean(found):.2f} ({min(found):.2f})")
-            assert " | ".join([f"| {name}", batch, *cells]) + " |" in readme
+            yield " | ".join([f"| {name}", batch, threads, *cells]) + " |"
         where = {"layout": layout, "batch": "32", "operation": "forward+backward"}
         for pages in "01":
             found = measured(rows, "compile_ratio", threads="2", huge_pages=pages, **where)
             against_compile.append(f"{mean(found):.2f}")
-    assert "{} and {} for NCHW, {} and {} for channels_last".format(*against_compile) in readme
+    yield "{} and {} for NCHW, {} and {} for channels_last".format(*against_compile)
     tiny = {"channels": "1000", "size": "1", "operation": "forward+backward", "threads": "1"}
-    assert f"take {1 / mean(measured(rows, 'eager_ratio', **tiny)):.1f} times PyTorch's" in readme
+    yield f"take {1 / mean(measured(rows, 'eager_ratio', **tiny)):.1f} times PyTorch's"
     for kind in ("training step", "training step, bottlenecks"):
         steps = [
             ratio
             for operation in (kind, f"{kind}, fused")
             for ratio in measured(rows, "eager_ratio", operation=operation)
         ]
-        assert f"{min(steps):.2f} to {max(steps):.2f}" in readme
+        yield f"{min(steps):.2f} to {max(steps):.2f}"
+    record = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    step = record.partition("pairs of 3 x 3, channels_last: ms of a step")[2]
+    eager, ours, fused = re.findall(r"ReLU (\d+\.\d+) \(", step)[:3]
+    yield f"take {ours} ms and PyTorch's {eager}; fused into one pass they take {fused}"
+    pattern = r"took (\S+) \+ (\S+) s, with residual and ReLU (\S+) \+ (\S+) s more, and (\S+) s"
+    *first, later = map(float, re.search(pattern, record).groups())
+    yield f"{sum(first[:2]):.0f} seconds for the layer"
+    yield f"{sum(first[2:]):.0f} more"
+    assert later < 1
+    yield "in less than a second"
+
+
+def unquoted(readme, quotes):
+    """Numbers under "Measured" that no quote gives, and quotes that are missing."""
+    section = " ".join(readme.partition("## Measured")[2].partition("\n## ")[0].split())
+    problems = [f"{quote!r} is missing" for quote in quotes if quote not in section]
+    for quote in quotes:
+        section = section.replace(quote, "")
+    settings = "float32|ENABLE=1|ResNet-50|12 shapes|Below 1|batch 32|3 x 3|(16, 1000, 1, 1)"
+    for setting in settings.split("|"):
+        section = section.replace(setting, "")
+    return problems + re.findall(r"\d[\d.]*", section)
+
+
+def test_readme_quotes_what_was_measured_and_no_other_number():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quotes = list(quoted())
+    assert unquoted(readme, quotes) == []
+    assert unquoted(readme.replace("20.55", "20.54"), quotes)
+    assert unquoted(readme.replace("seconds for", "seconds (9 at best) for"), quotes)

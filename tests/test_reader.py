@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ import greek_search
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
+from bs4 import BeautifulSoup
 from cite_this import bibtex
 from PIL import Image, ImageChops
 from reading_time import minutes
@@ -117,7 +119,7 @@ def test_preview_at_the_keyboard_on_a_narrow_page(site, browser, page, selector,
 def test_preview_follows_the_focus_and_escape_dismisses_it_under_the_mouse(site, browser):
     page, selector, _ = CITATION
     with visit(browser, site, page) as seen:
-        link, box = link_of(seen, selector), seen.page.locator("#preview")
+        link, box = link_of(seen, f"{selector}:has(em)"), seen.page.locator("#preview")
         title = link.get_attribute("title")
         link.hover()
         box.wait_for(state="visible")
@@ -228,6 +230,18 @@ def test_citation_box_is_the_citation_file_and_can_be_copied(site, browser):
         )
         box.locator("button.copybtn").click()
         assert seen.page.evaluate("window.copied").strip() == bibtex(citation, "2026")
+
+
+def test_references_have_no_labels(site, epub):
+    """The text cites by author and year, so a label such as [CGL83] would lead nowhere."""
+    page = (site / "book" / "bibliography.html").read_text(encoding="utf-8")
+    with zipfile.ZipFile(epub) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("bibliography.xhtml")]
+        pages = [page, archive.read(name).decode()]
+    for page in pages:
+        references = BeautifulSoup(page, "html.parser").select(".citation")
+        assert len(references) > 20
+        assert [r.text for r in references if r.select(".label") or r.text.strip()[0] == "["] == []
 
 
 # --- Search ---------------------------------------------------------------------------------------
