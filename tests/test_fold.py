@@ -234,11 +234,11 @@ def patched(module):
         (patched(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4).eval(), "Conv2d has a forward of its own"),
         (hooked(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4).eval(), "Conv2d has hooks"),
         (nn.Conv2d(3, 4, 3), hooked(nn.BatchNorm2d(4)).eval(), "BatchNorm2d has hooks"),
-        (pruned(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4).eval(), "weight or bias is computed"),
+        (pruned(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4).eval(), "weight is computed"),
         (
             parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
             nn.BatchNorm2d(4).eval(),
-            "weight or bias is computed",
+            "weight is computed",
         ),
     ],
 )
