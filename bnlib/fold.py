@@ -101,7 +101,8 @@ class FoldedBatchNorm(nn.Module):
 
 
 def _of_rank(x: Tensor, rank: int) -> Tensor:
-    if rank > 0 and x.dim() != rank:
+    # Not x.dim(), which TorchScript does not ask for behind a convolution.
+    if rank > 0 and len(x.shape) != rank:
         raise ValueError(
             f"expected a {rank}-D input, got shape {list(x.shape)}: the batch norm folded into "
             "the layer beside it would have normalised another axis"
@@ -747,11 +748,7 @@ class _Trace:
         # here, so their ids are unique.
         self._methods = {n: {id(f) for f in frames} for n, frames in tracer.frames.items()}
         tracer.frames.clear()
-        # A stand-in that outlives the run is held by something that forward stored it in.
-        if any(ref() is not None for ref in tracer.outputs.values()):
-            gc.collect()
-        self._stored = {node for node, ref in tracer.outputs.items() if ref() is not None}
-
+        self._outputs = tracer.outputs
         # One module can have several names: go by the module, and call it by its first name.
         first = {module: name for name, module in twin.named_modules()}
         self._modules = dict(twin.named_modules(remove_duplicate=False))
@@ -842,7 +839,7 @@ class _Trace:
         name = self._layer(source, "its input comes from")
         if len(source.users) > 1:
             raise _NotExact(f"the output of {name!r} has {len(source.users)} users")
-        if source in self._stored:
+        if self._is_stored(source):
             raise _NotExact(f"forward stores the output of {name!r}")
         return name
 
@@ -855,7 +852,7 @@ class _Trace:
         layer = self._layer(users[0], "its output goes to")
         if len(self._arguments(bn)) > 1:
             raise _NotExact(f"a residual or an activation comes between it and {layer!r}")
-        if start in self._stored:
+        if self._is_stored(start):
             raise _NotExact("forward stores its output")
         # Folded, the layer reads the batch norm's input, and reads it later.
         node = start.next
@@ -865,6 +862,12 @@ class _Trace:
                 raise _NotExact(f"before {layer!r} runs, {what} may write into its input")
             node = node.next
         return layer
+
+    def _is_stored(self, node: torch.fx.Node) -> bool:
+        # A stand-in that outlives the run is held by something in which forward stored it.
+        if self._outputs[node]() is not None:
+            gc.collect()
+        return self._outputs[node]() is not None
 
     def _only_reads(self, node: torch.fx.Node) -> bool:
         if node.op != "call_module":
