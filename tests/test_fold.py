@@ -1498,7 +1498,7 @@ class RandomNet(nn.Module):
         stages: list[nn.Module] = []
         self.plain: list[Stage] = []
         for _ in range(draw.randint(1, 4)):
-            kind = nn.ConvTranspose2d if draw.random() < 0.2 else nn.Conv2d
+            kind = nn.ConvTranspose2d if draw.random() < 0.1 else nn.Conv2d
             size = draw.choice([1, 1, 3])
             padding = draw.choice([0, size // 2])
             groups, bias = draw.choice([1, 2, 4]), draw.random() < 0.5
@@ -1506,19 +1506,19 @@ class RandomNet(nn.Module):
             order = draw.choice(["cbr", "cb", "bc", "bcr", "brc", "crb", "rcb", "cbb"])
             stage = draw.choice(kinds)(order, conv)
             trick = draw.random()
-            if self.plain and trick < 0.1:
+            if self.plain and trick < 0.06:
                 stage.conv = draw.choice(self.plain).conv
-            elif self.plain and trick < 0.2:
+            elif self.plain and trick < 0.12:
                 stage.bn = draw.choice(self.plain).bn
-            elif self.plain and trick < 0.3:
+            elif self.plain and trick < 0.18:
                 stage.bn.weight = draw.choice(self.plain).bn.weight
-            elif trick < 0.35:
+            elif trick < 0.22:
                 self.register_parameter(f"again{len(stages)}", stage.conv.weight)
-            elif trick < 0.4:
+            elif trick < 0.26:
                 hooked(draw.choice([stage, stage.conv, stage.bn]))
-            elif trick < 0.45:
+            elif trick < 0.3:
                 stage = nn.Sequential(nn.DataParallel(stage))
-            elif stages and trick < 0.5:
+            elif stages and trick < 0.34:
                 stage = draw.choice(stages)
             if isinstance(stage, Stage):
                 self.plain.append(stage)
@@ -1541,7 +1541,7 @@ class RandomNet(nn.Module):
 def test_random_models_compute_what_they_did():
     """Outputs of forward, twice, and of whatever else the stages offer, before and after."""
     norms = folded_norms = 0
-    for seed in range(80):
+    for seed in range(70):
         torch.manual_seed(seed)
         model = randomize(RandomNet(seed)).double()
         folded = fold_batch_norm(model)
