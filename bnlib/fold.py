@@ -43,6 +43,7 @@ _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _WRAPPERS = {
     "DataParallel",
     "DistributedDataParallel",
+    "FSDPModule",
     "FullyShardedDataParallel",
     "OptimizedModule",
     "ScriptModule",
@@ -57,7 +58,7 @@ class FoldReport(NamedTuple):
         kept: name of the batch norm -> why folding it would not be exact.
         unseen: what might use a folded layer alone and could not be followed: methods that
             forward does not run and that find modules by iterating or by a name made at run time,
-            optional arguments with which forward could not be traced.
+            optional arguments whose other values could not be tried, hooks of the model itself.
     """
 
     folded: dict[str, str]
@@ -296,10 +297,9 @@ def _fold(layer: _ConvNd | nn.Linear, bn: _BatchNorm, *, after: bool) -> None:
     a, b = _slope_and_intercept(bn)
     # The layouts (C_out, C_in / groups, ...) and, transposed, (C_in, C_out / groups, ...) both
     # hold one group after another along axis 0: w has the axes group, first, second, offset.
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    old = layer.weight
+    groups, old = getattr(layer, "groups", 1), layer.weight
     w = _float64(old).reshape(groups, old.shape[0] // groups, old.shape[1], -1)
-    first = after != isinstance(layer, _ConvTransposeNd)
+    first = _first_axis(layer, after)
     of_channel = (groups, -1, 1, 1) if first else (groups, 1, -1, 1)
     q = torch.zeros(1, dtype=torch.float64) if layer.bias is None else _float64(layer.bias)
     q = a * q + b if after else q + (w * b.reshape(of_channel)).sum((2, 3)).flatten()
@@ -391,19 +391,23 @@ def _check_layer(layer: _ConvNd | nn.Linear, bn: _BatchNorm, after: bool) -> Non
     rank = _rank(layer)
     if rank not in _ranks(bn):
         raise _NotExact(f"{type(bn).__name__} does not take {rank}-D tensors")
-    if isinstance(layer, _ConvNd):
-        channels = layer.out_channels if after else layer.in_channels
-    else:
-        channels = layer.out_features if after else layer.in_features
-    if channels != bn.num_features:
+    assert bn.running_mean is not None
+    first, groups = _first_axis(layer, after), getattr(layer, "groups", 1)
+    channels = layer.weight.shape[0] if first else layer.weight.shape[1] * groups
+    if channels != len(bn.running_mean):
         raise _NotExact(
             f"the layer has {channels} {'output' if after else 'input'} channels, "
-            f"the batch norm {bn.num_features} features"
+            f"the batch norm {len(bn.running_mean)} features"
         )
     if not after and isinstance(layer, _ConvTransposeNd):
         raise _NotExact("at the border of a transposed convolution fewer weights meet the β")
     if not after and isinstance(layer, _ConvNd) and _pads_with_zeros(layer):
         raise _NotExact("the zeros that the convolution pads with would have to be normalised")
+
+
+def _first_axis(layer: nn.Module, after: bool) -> bool:
+    """Whether the batch norm's channels are counted by the weight's first axis, or its second."""
+    return after != isinstance(layer, _ConvTransposeNd)
 
 
 def _rank(layer: nn.Module) -> int:
@@ -568,15 +572,18 @@ class _View:
         self.traces = [_Trace(model, defaults)]
         self._failed: list[str] = []
         for name, value in defaults.items():
-            if not (value is None or isinstance(value, bool)):
-                continue
-            given = {} if value is None else {name: not value}
             others = {k: v for k, v in defaults.items() if k != name}
             try:
-                self.traces.append(_Trace(model, others | given))
+                if value is None:
+                    self.traces.append(_Trace(model, others))
+                elif isinstance(value, bool):
+                    self.traces.append(_Trace(model, others | {name: not value}))
+                else:
+                    self._failed.append(f"forward with another {name!r}")
             except ValueError:
                 self._failed.append(f"forward with {name!r} given")
-        self._ran = {code for trace in self.traces for code in trace.ran}
+        self._ran = {method for trace in self.traces for method in trace.ran}
+        self._name = {module: name for name, module in self._modules.items()}
 
     def plan(self, name: str) -> _Plan:
         """Where a batch norm may be folded, as far as its use is concerned."""
@@ -606,9 +613,11 @@ class _View:
 
     def unseen(self) -> tuple[str, ...]:
         found = dict.fromkeys(self._failed)
-        for module in self._modules.values():
+        if _has_hooks(self.model):
+            found["hooks of the model"] = None
+        for name, module in self._modules.items():
             for code, method in _methods(module).items():
-                blind = code not in self._ran and _names(code) & _BY_NAME
+                blind = (name, code) not in self._ran and _names(code) & _BY_NAME
                 if blind and not _sets_up(module, code):
                     found[f"{type(module).__name__}.{method}"] = None
         return tuple(found)
@@ -624,7 +633,8 @@ class _View:
             chain = [self.model.get_submodule(".".join(path[:i])) for i in range(len(path))]
             for depth, owner in enumerate(chain):
                 for code, method in _methods(owner).items():
-                    mentions = [] if code in self._ran else list(_mentions(code))
+                    ran = (self._name[owner], code) in self._ran
+                    mentions = [] if ran else list(_mentions(code))
                     if mentions and _sets_up(owner, code):
                         # There conv.weight is set and conv put into a list; conv(x) is a use.
                         only_calls = "init" in _names(code)
@@ -653,11 +663,11 @@ def _common(one: list[str], other: list[str]) -> int:
 class _Tracer(torch.fx.Tracer):
     """Records forward's calls of modules, and how each layer and batch norm was when called."""
 
-    def __init__(self, originals: dict[nn.Module, nn.Module], methods: set[CodeType]) -> None:
+    def __init__(self, originals: dict[nn.Module, nn.Module], methods: dict[CodeType, str]) -> None:
         super().__init__()
         self.originals, self.methods = originals, methods
         self.changed: set[nn.Module] = set()
-        self.ran: set[CodeType] = set()
+        self.ran: set[tuple[int, CodeType]] = set()
         self.frames: dict[torch.fx.Node, list[FrameType]] = {}
         self.outputs: dict[torch.fx.Node, weakref.ref[torch.fx.Proxy]] = {}
 
@@ -682,9 +692,11 @@ class _Tracer(torch.fx.Tracer):
             frames = self.frames.setdefault(proxy.node, [])
             frame: FrameType | None = sys._getframe()
             while frame is not None and frame.f_code is not _Trace.__init__.__code__:
-                self.ran.add(frame.f_code)
-                if frame.f_code in self.methods:
-                    frames.append(frame)
+                code = frame.f_code
+                if code in self.methods and code.co_argcount:
+                    self.ran.add((id(frame.f_locals.get(code.co_varnames[0])), code))
+                    if not self.methods[code].startswith("_"):
+                        frames.append(frame)
                 frame = frame.f_back
         return proxy
 
@@ -708,9 +720,13 @@ def _unchanged(module: nn.Module, original: nn.Module) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return one is other
-    same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-    return same and (one.is_meta or bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()))
+        return type(one) is type(other)
+    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+        return False
+    try:
+        return bool(torch.isclose(one, other, 0, 0, equal_nan=True).all())
+    except RuntimeError:  # sparse, float8, meta: no tensors of a layer that folds
+        return True
 
 
 class _Trace:
@@ -726,13 +742,8 @@ class _Trace:
                 if isinstance(ours, (_BatchNorm, *_LAYERS)):
                     _check_module(ours)
                     originals[ours] = theirs
-        public = {
-            code
-            for module in twin.modules()
-            for code, name in _methods(module).items()
-            if not name.startswith("_")
-        }
-        tracer = _Tracer(originals, public)
+        methods = {c: name for module in twin.modules() for c, name in _methods(module).items()}
+        tracer = _Tracer(originals, methods)
         try:
             # What forward draws at random must not differ between two runs.
             with torch.random.fork_rng(devices=[]):
@@ -743,7 +754,6 @@ class _Trace:
                 f"torch.fx cannot trace {type(model).__name__} ({error}). Fold a traceable part "
                 "of it, or single pairs with fold_conv_bn and fold_linear_bn"
             ) from error
-        self.ran = tracer.ran
         # The calls of public methods under way at each call of a module. All frames were held until
         # here, so their ids are unique.
         self._methods = {n: {id(f) for f in frames} for n, frames in tracer.frames.items()}
@@ -751,12 +761,13 @@ class _Trace:
         self._outputs = tracer.outputs
         # One module can have several names: go by the module, and call it by its first name.
         first = {module: name for name, module in twin.named_modules()}
+        self.ran = {(n, c) for m, n in first.items() for i, c in tracer.ran if i == id(m)}
         self._modules = dict(twin.named_modules(remove_duplicate=False))
         self._name: dict[torch.fx.Node, str] = {}
         self._node: dict[str, torch.fx.Node] = {}
         self._read: set[str] = set()
         self._record: list[Any] = []
-        self._constants: list[Tensor] = []
+        self._constants: list[Any] = []
         untraced: set[nn.Module] = set()
         for node in graph.nodes:
             self._record.append((node.op, node.target, str(node.args), str(node.kwargs)))
@@ -769,9 +780,9 @@ class _Trace:
             elif node.op == "get_attr":
                 path, _, attribute = str(node.target).rpartition(".")
                 owner = twin.get_submodule(path)
-                self._read.add(first[owner])
                 value = getattr(owner, attribute)
-                if isinstance(value, Tensor):
+                if not node.users or not all(map(_asks_for_form, node.users)):
+                    self._read.add(first[owner])
                     self._constants.append(value)
         self._calls = Counter(self._name.values())
         self._untraced = {first[module] for module in untraced if module in first}
@@ -888,6 +899,10 @@ class _Trace:
         return name
 
 
+def _asks_for_form(node: torch.fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("dtype", "device", "shape", "ndim")
+
+
 def _describe(node: torch.fx.Node, name: str | None) -> str:
     if name is not None:
         return repr(name)
@@ -934,7 +949,7 @@ def _methods(module: nn.Module) -> dict[CodeType, str]:
     return {
         code: name
         for name, code in _functions(module)
-        if not hasattr(nn.Module, name) and not name.startswith("__")
+        if name == "__call__" or not (hasattr(nn.Module, name) or name.startswith("__"))
     }
 
 

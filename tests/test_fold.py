@@ -855,6 +855,26 @@ class HooksForTheCall(Pair):
         return y + sum(seen)
 
 
+class CallsOtherwise(Pair):
+    def __call__(self, x):
+        return super().__call__(x) + self.conv(x)
+
+
+class FeaturesOfTheOther(nn.Module):
+    """Forward runs the method of one block, which says nothing of the other block's."""
+
+    class Block(Features):
+        def forward(self, x, split=False):
+            return self.bn(self.features(x) if split else self.conv(x))
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = self.Block(), self.Block()
+
+    def forward(self, x):
+        return self.two(self.one(x, split=True))
+
+
 class Stores(Pair):
     def forward(self, x):
         self.last = self.conv(x)
@@ -946,6 +966,8 @@ METHOD = "the method 'features' of"
         (FeaturesThatForwardRuns(), FEATURES, "that forward runs calls only one"),
         (NormAlone(), [lambda model, x: model.norm(x)], "the method 'norm' of"),
         (PropertyOfWeight(), [lambda model, x: model.size], "the method 'size' of"),
+        (FeaturesOfTheOther(), [lambda model, x: model.two.features(x)], "features"),
+        (CallsOtherwise(), NONE, "the method '__call__' of"),
         (Trains(), NONE, "forward changes it"),
         (TrainsAndBack(), NONE, "forward changes it"),
         (Clips(), NONE, "forward changes it"),
@@ -1025,7 +1047,7 @@ class Ordinary(nn.Module):
 
     def forward(self, x, *, again=False, mask=None):
         first = next(self.parameters())
-        x = self.encoder(x.to(first.device, first.dtype))
+        x = self.encoder(x.to(first.device, self.conv.weight.dtype))
         for name, layer in self.decoder.items():
             x = layer(x) if name else x
         noise = 0 * torch.randn(1, dtype=x.dtype)
@@ -1053,12 +1075,25 @@ def test_what_cannot_be_followed_is_named():
         def first(self, x):
             return next(self.children())(x)
 
-        def forward(self, x, mask=None):
+        def forward(self, x, mask=None, part="all"):
             return super().forward(x) if mask is None or mask.sum() > 0 else x
 
-    report = check_model(Unseen(), torch.randn(2, 3, 4, 4))
+    report = check_model(hooked(Unseen()), torch.randn(2, 3, 4, 4))
     assert report.folded == {"bn": "conv"}
-    assert report.unseen == ("forward with 'mask' given", "Unseen.first")
+    assert report.unseen == (
+        "forward with 'mask' given",
+        "forward with another 'part'",
+        "hooks of the model",
+        "Unseen.first",
+    )
+
+
+def test_channels_are_counted_in_the_weights():
+    """As after slimming a network by assigning smaller parameters."""
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(4))).double()
+    model[0].weight = nn.Parameter(model[0].weight[:4].detach())
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert error(fold_conv_bn(model[0], model[1])(x), model(x)) <= RTOL[torch.float64]
 
 
 class FrozenBatchNorm2d(nn.Module):
