@@ -203,9 +203,9 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
       other weights are (float16 below 6e-5).
 
     The model is traced with ``torch.fx`` only to learn who feeds whom; its own ``forward`` stays.
-    It is followed as called with its required arguments, and with each optional one that is a bool
-    negated or that is None given. Not followed, so yours to know: code outside the model that uses
-    a folded layer alone, what attributes or other optional arguments switch on later, and what
+    It is followed as called with its required arguments, a second time, and with each optional
+    one that is a bool negated or that is None given. Not followed, so yours to know: code outside
+    the model that uses a folded layer alone, what attributes switch on later, and what
     ``fold_report.unseen`` lists. Batch norms that the model calls as a function
     (``torch.nn.functional.batch_norm``) are neither folded nor listed.
 
@@ -486,7 +486,7 @@ def _wrong(view: _View, plans: dict[str, _Plan]) -> dict[str, str]:
     """The folds after which forward records anything else than before, and what."""
     result, *_ = _apply(view.model, plans)
     try:
-        if all(trace.same(_Trace(result, trace.arguments)) for trace in view.traces):
+        if all(trace.same(_Trace(result, *trace.how)) for trace in view.traces):
             return {}
         difference = "forward records other calls"
     except ValueError as error:
@@ -559,6 +559,7 @@ class _View:
             self._paths.setdefault(module, []).append(path)
             for key, value in vars(module).items():  # in a plain list, say
                 for held in tree_leaves(value) if key != "_modules" else ():
+                    held = getattr(held, "__self__", held)  # a bound method
                     if isinstance(held, nn.Module):
                         self._paths.setdefault(held, []).append([*path, key])
         self._sharing = _sharing(model)
@@ -571,6 +572,10 @@ class _View:
         defaults = {p.name: p.default for p in signature if p.default is not p.empty}
         self.traces = [_Trace(model, defaults)]
         self._failed: list[str] = []
+        try:
+            self.traces.append(_Trace(model, defaults, calls=2))
+        except ValueError:
+            self._failed.append("a second call of forward")
         for name, value in defaults.items():
             others = {k: v for k, v in defaults.items() if k != name}
             try:
@@ -732,10 +737,10 @@ def _equal(one: Any, other: Any) -> bool:
 class _Trace:
     """One symbolic run of a model's forward: who feeds whom."""
 
-    def __init__(self, model: nn.Module, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, arguments: dict[str, Any], calls: int = 1) -> None:
         # Tracing runs the model's own code, which may write attributes and weights: on a copy.
         twin = _copy(model)
-        self.arguments = arguments
+        self.how = arguments, calls
         originals: dict[nn.Module, nn.Module] = {}
         for ours, theirs in zip(twin.modules(), model.modules(), strict=True):
             with contextlib.suppress(_NotExact):  # what cannot be folded need not be watched
@@ -743,12 +748,13 @@ class _Trace:
                     _check_module(ours)
                     originals[ours] = theirs
         methods = {c: name for module in twin.modules() for c, name in _methods(module).items()}
-        tracer = _Tracer(originals, methods)
         try:
             # What forward draws at random must not differ between two runs.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
-                graph = tracer.trace(twin, concrete_args=arguments)
+                for _ in range(calls):
+                    tracer = _Tracer(originals, methods)
+                    graph = tracer.trace(twin, concrete_args=arguments)
         except Exception as error:
             raise ValueError(
                 f"torch.fx cannot trace {type(model).__name__} ({error}). Fold a traceable part "
@@ -817,7 +823,7 @@ class _Trace:
             if (found := self.neighbour(bn, after)) != layer:
                 raise _NotExact(f"its neighbour is {found!r}")
         except _NotExact as reason:
-            raise _NotExact(f"with other optional arguments, {reason}") from None
+            raise _NotExact(f"in another call of forward {reason}") from None
 
     def _arguments(self, bn: str) -> dict[str, Any]:
         node = self._node[bn]
@@ -848,8 +854,9 @@ class _Trace:
         """The layer whose output is this batch norm's input, and nothing else's."""
         source = self._arguments(bn)["input"]
         name = self._layer(source, "its input comes from")
-        if len(source.users) > 1:
-            raise _NotExact(f"the output of {name!r} has {len(source.users)} users")
+        users = [node for node in source.users if not _asks_for_form(node)]
+        if len(users) > 1:
+            raise _NotExact(f"the output of {name!r} has {len(users)} users")
         if self._is_stored(source):
             raise _NotExact(f"forward stores the output of {name!r}")
         return name
@@ -900,7 +907,10 @@ class _Trace:
 
 
 def _asks_for_form(node: torch.fx.Node) -> bool:
-    return node.target is getattr and node.args[1] in ("dtype", "device", "shape", "ndim")
+    """Whether a node reads of a tensor only what folding leaves as it is."""
+    if node.target is getattr:
+        return node.args[1] in ("dtype", "device", "shape", "ndim")
+    return node.op == "call_method" and node.target in ("size", "dim")
 
 
 def _describe(node: torch.fx.Node, name: str | None) -> str:
