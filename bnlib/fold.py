@@ -76,7 +76,7 @@ class FoldedBatchNorm(nn.Module):
     Args:
         rank: of the inputs to take, 0 for any.
 
-    ``forward(input, residual=None, activation=None)`` has the arguments of :mod:`bnlib.nn`'s
+    ``forward(input, residual=None, activation=None)`` has the arguments of ``bnlib.nn``'s
     modules, and raises ``ValueError`` for inputs of another rank, whose axis 1 would not be the
     axis folded. ``torch.jit.script``, ``torch.fx``, ``torch.export`` and quantization take it.
     """
@@ -186,7 +186,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     """Return a copy of a model in which every batch norm that can be folded exactly is.
 
     A batch norm folds into the layer before it, ``bn(layer(x))``, when nothing else uses that
-    layer's output; a residual and a ReLU that :mod:`bnlib.nn` fused into the call stay behind.
+    layer's output; a residual and a ReLU that ``bnlib.nn`` fused into the call stay behind.
     Failing that it folds into the layer after it, ``layer(bn(x))``, when nothing else uses the
     batch norm's output, nothing that could write into its input runs between the two, and the
     layer does not pad with zeros (a padded zero is not a normalised zero) and is not transposed
@@ -214,7 +214,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
     Returns:
         A deep copy of ``model`` with the folded layers in their places, ``torch.nn.Identity`` or
-        :class:`FoldedBatchNorm` where a batch norm was, and a :class:`FoldReport` in its attribute
+        ``FoldedBatchNorm`` where a batch norm was, and a :class:`FoldReport` in its attribute
         ``fold_report``, which goes on where that of an already folded model ends. It is for
         evaluation. Of attributes that cannot be copied, tensors with a history become detached
         copies, and other objects (process groups) are shared with ``model``.
