@@ -214,7 +214,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
     Returns:
         A deep copy of ``model`` with the folded layers in their places, ``torch.nn.Identity`` or
-        ``FoldedBatchNorm`` where a batch norm was, and a :class:`FoldReport` in its attribute
+        :class:`FoldedBatchNorm` where a batch norm was, and a :class:`FoldReport` in its attribute
         ``fold_report``, which goes on where that of an already folded model ends. It is for
         evaluation. Of attributes that cannot be copied, tensors with a history become detached
         copies, and other objects (process groups) are shared with ``model``.
