@@ -15,7 +15,8 @@ past the caches.
 
 Sums are taken in tiles, in the precision that the input is computed with, and go on in float64. For
 the statistics they are sums of d and d², where d is the distance from the mean of what came before,
-so that the mean drops out before anything is squared; :func:`bnlib.merge` joins the tiles.
+so that the mean drops out before anything is squared; :func:`bnlib.merge` joins the tiles. The
+squares of a tile stay float32 numbers for float32 inputs up to 4e17.
 """
 
 from __future__ import annotations
