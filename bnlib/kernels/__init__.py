@@ -15,7 +15,7 @@ a tensor. This file needs torch alone; the modules are imported when they are fi
 
 A kernel trusts what it is told, and would read past the end of a tensor that is smaller, or where
 there is none: ``check_plain``, ``check_vectors``, ``check_like`` and ``check_mask`` stand before
-every one of them. Only who has checked as much (:mod:`bnlib.functional`) calls the two passes with
+every one of them. Only who has checked as much (``bnlib.functional``) calls the two passes with
 ``trusted=True``.
 
 The layout of the mask is the business of whoever writes and reads it: ``gpu`` has an ``empty_mask``
