@@ -12,9 +12,10 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import chain
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -111,11 +112,9 @@ def methods(module: nn.Module) -> dict[CodeType, str]:
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, CodeType]]:
     """The functions of a module that are not torch's or bnlib's."""
-    spaces: list[Mapping[str, Any]] = [vars(module)]
-    for cls in type(module).__mro__:
-        if cls is not object and not cls.__module__.startswith(("torch.", "bnlib.")):
-            spaces.append(vars(cls))
-    for name, value in ((n, v) for space in spaces for n, v in space.items()):
+    known = ("builtins", "torch.", "bnlib.")
+    own = (vars(cls) for cls in type(module).__mro__ if not cls.__module__.startswith(known))
+    for name, value in chain.from_iterable(space.items() for space in (vars(module), *own)):
         for f in (value, *(getattr(value, k, None) for k in ("fget", "func", "__func__"))):
             code = getattr(inspect.unwrap(f) if callable(f) else None, "__code__", None)
             if isinstance(code, CodeType):
@@ -148,7 +147,8 @@ def _mentions(code: CodeType, self_name: str | None = None) -> tuple[_Mention, .
                 found.append(_Mention(step.argval, attribute, called))
         elif step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-            if self_name in (loaded[:-1] if attribute else loaded):
+            alone = self_name in (loaded[:-1] if attribute else loaded)
+            if alone and steps[k - 1].argval != "len":
                 found.append(_Mention("", None, False))
     for const in code.co_consts:
         if isinstance(const, CodeType):

@@ -3,7 +3,7 @@
 Evaluation-mode batch norm is a x + b per channel. A linear map beside it takes that in: after the
 layer in its output channels, before it in its input channels. ``check_bn`` and ``check_layer`` ask
 whether two modules compute just that, and :class:`NotExact` says why not; how a model uses them is
-another question (:mod:`bnlib.fold.model`).
+another question (:mod:`bnlib.fold`).
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def fold_conv_bn(conv: _Conv, bn: _BatchNorm) -> _Conv:
 def fold_linear_bn(linear: _Linear, bn: _BatchNorm) -> _Linear:
     """Return one linear layer that computes ``bn(linear(x))``, with ``bn`` in evaluation mode.
 
-    ::
-
-        a = γ / √(running_var + ε),    w' = a w,    q' = a (q - running_mean) + β
+    The twin of :func:`fold_conv_bn`, by the same two lines.
 
     Args:
         linear: weight (C_out, C_in), with or without bias. Its input must be (N, C_in): of an input
@@ -91,13 +89,11 @@ def fold_linear_bn(linear: _Linear, bn: _BatchNorm) -> _Linear:
         bn: batch norm over the C_out features, in evaluation mode, with running statistics.
 
     Returns:
-        A copy of ``linear``, as for :func:`fold_conv_bn`.
+        A copy of ``linear``, as there.
 
     Raises:
         TypeError: not a linear layer, or not a batch norm.
         ValueError: the pair cannot be folded exactly; the message says why.
-
-    Source: Jacob et al. (2018), section 3.2. Derived in *Folding*.
 
     Examples:
         >>> fold_linear_bn(nn.Linear(4, 2, bias=False), nn.BatchNorm1d(2).eval())
@@ -149,10 +145,8 @@ def fold(layer: _ConvNd | nn.Linear, bn: _BatchNorm, *, after: bool) -> None:
     lost, size = (_float64(weight).reshape(w.shape) - w).norm(dim=axes), w.norm(dim=axes)
     if (lost > torch.finfo(old.dtype).eps * size + torch.finfo(torch.float32).tiny).any():
         raise NotExact(f"the folded weight underflows {old.dtype}")
-    if layer.bias is None:
-        layer.bias = _rounded("bias", q, old.new_empty(q.shape), old.requires_grad)
-    else:
-        layer.bias = _rounded("bias", q, layer.bias)
+    bias = old.new_empty(q.shape, requires_grad=old.requires_grad)
+    layer.bias = _rounded("bias", q, bias if layer.bias is None else layer.bias)
     layer.weight = weight
 
 
@@ -173,13 +167,13 @@ def _slope_and_intercept(bn: _BatchNorm) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def _rounded(name: str, value: Tensor, like: Tensor, grad: bool | None = None) -> nn.Parameter:
-    """``value`` as a parameter with the dtype, device and memory format of ``like``."""
+def _rounded(name: str, value: Tensor, like: Tensor) -> nn.Parameter:
+    """``value`` as a parameter with ``like``'s dtype, device, memory format and requires_grad."""
     new = torch.empty_like(like, requires_grad=False).copy_(value)
     if not new.isfinite().all():
         what = f"overflows {like.dtype}" if value.isfinite().all() else "is not finite"
         raise NotExact(f"the folded {name} {what}")
-    return nn.Parameter(new, like.requires_grad if grad is None else grad)
+    return nn.Parameter(new, like.requires_grad)
 
 
 def check_bn(bn: _BatchNorm) -> None:
@@ -205,18 +199,18 @@ def _check_module(module: nn.Module) -> None:
             raise NotExact(f"{what}'s {name} is computed (a parametrization or pruning)")
     if has_hooks(module):
         raise NotExact(f"{what} has hooks, which would see other values or none")
-    for odd in filter(None, map(oddity, tensors)):
-        raise NotExact(f"{what}'s tensors are {odd}")
+    for t in tensors:
+        if (odd := oddity(t)) or (t.ndim and t.dtype not in _DTYPES):
+            raise NotExact(f"{what}'s tensors are {odd or t.dtype}")
 
 
 def oddity(t: Tensor) -> str | None:
+    """What makes this tensor another thing than numbers in memory, if anything."""
     if t.is_meta:
         return "on the meta device, without values"
     if type(t.data) is not Tensor:
         return type(t.data).__name__
-    if t.layout != torch.strided:
-        return str(t.layout)
-    return str(t.dtype) if t.ndim and t.dtype not in _DTYPES else None
+    return None if t.layout == torch.strided else str(t.layout)
 
 
 def check_layer(layer: _ConvNd | nn.Linear, bn: _BatchNorm, after: bool) -> None:
@@ -249,13 +243,8 @@ def rank_of(layer: nn.Module) -> int:
 
 
 def ranks_of(bn: nn.Module) -> tuple[int, ...]:
-    if isinstance(bn, nn.BatchNorm1d):
-        return (2, 3)
-    if isinstance(bn, nn.BatchNorm2d):
-        return (4,)
-    if isinstance(bn, nn.BatchNorm3d):
-        return (5,)
-    return (2, 3, 4, 5)  # SyncBatchNorm
+    known = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+    return next((r for cls, r in known.items() if isinstance(bn, cls)), (2, 3, 4, 5))  # SyncBN
 
 
 def _pads_with_zeros(conv: _ConvNd) -> bool:
@@ -269,12 +258,8 @@ def _pads_with_zeros(conv: _ConvNd) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def copied(model: _Module) -> _Module:
@@ -298,5 +283,5 @@ def copied(model: _Module) -> _Module:
 def held(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module's attributes hold, in lists, tuples and dicts too, but for its submodules."""
     for name, value in vars(module).items():
-        if name != "_modules":
+        if name != "_modules" and value is not None and not isinstance(value, (bool, int, str)):
             yield from ((name, leaf) for leaf in tree_leaves(value))

@@ -77,14 +77,17 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], list[str]]:
 class _Tracer(torch.fx.Tracer):
     """Records, beside the calls of modules, what surrounds each."""
 
-    def __init__(self, twin: nn.Module, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         super().__init__()
-        self.originals = dict(zip(twin.modules(), model.modules(), strict=True))
-        self.methods = {c: name for m in twin.modules() for c, name in methods(m).items()}
-        self.changed: set[nn.Module] = set()
-        # Calls of methods under way, by the call of a module. Held, so that each has its own id.
-        self.frames: dict[torch.fx.Node, list[FrameType]] = {}
+        # One module can have several names: go by the module, and call it by its first name.
+        self.names = {module: name for name, module in twin.named_modules()}
+        self.originals = dict(zip(self.names, model.modules(), strict=True))
+        self.methods = {code: name for m in self.names for code, name in methods(m).items()}
+        self.changed: set[str] = set()
         self.outputs: dict[torch.fx.Node, weakref.ref[torch.fx.Proxy]] = {}
+        # The methods that ran, and the calls of public ones under way at the call of a module.
+        self.ran: set[tuple[str, CodeType]] = set()
+        self.within: dict[torch.fx.Node, list[FrameType]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
@@ -100,35 +103,24 @@ class _Tracer(torch.fx.Tracer):
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Proxy:
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         if kind == "call_module":
-            self.watch(self.root.get_submodule(target))
+            self.compare(self.root.get_submodule(target))
             self.outputs[proxy.node] = weakref.ref(proxy)
-            frames = self.frames[proxy.node] = []
+            within = self.within[proxy.node] = []
             frame: FrameType | None = sys._getframe()
             while frame is not None and frame.f_code is not Trace.__init__.__code__:
-                if frame.f_code in self.methods:
-                    frames.append(frame)
+                code = frame.f_code
+                if code in self.methods:
+                    owner = frame.f_locals.get("".join(code.co_varnames[:1]))
+                    if isinstance(owner, nn.Module) and owner in self.names:
+                        self.ran.add((self.names[owner], code))
+                    if not self.methods[code].startswith("_"):
+                        within.append(frame)
                 frame = frame.f_back
         return proxy
 
-    def methods_run(
-        self, first: dict[nn.Module, str]
-    ) -> tuple[dict[torch.fx.Node, set[int]], set[tuple[str, CodeType]]]:
-        """The ids of the public methods' calls around each call of a module; all methods that ran,
-        with the name of the module they are a method of."""
-        entered, ran = {}, set()
-        for node, frames in self.frames.items():
-            public = [f for f in frames if not self.methods[f.f_code].startswith("_")]
-            entered[node] = set(map(id, public))
-            for frame in frames:
-                owner = frame.f_locals.get("".join(frame.f_code.co_varnames[:1]))
-                if isinstance(owner, nn.Module) and owner in first:
-                    ran.add((first[owner], frame.f_code))
-        self.frames.clear()  # they hold the outputs
-        return entered, ran
-
-    def watch(self, module: nn.Module) -> None:
+    def compare(self, module: nn.Module) -> None:
         if isinstance(module, _FOLDABLE) and not _unchanged(module, self.originals[module]):
-            self.changed.add(module)
+            self.changed.add(self.names[module])
 
 
 class Trace:
@@ -138,27 +130,27 @@ class Trace:
         # Tracing runs the model's own code, which may write attributes and weights: on a copy.
         twin = copied(model)
         self.how = arguments, calls
+        tracer = _Tracer(model, twin)
         try:
             # What forward draws at random must not differ between two runs.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(0)
                 for _ in range(calls):
-                    tracer = _Tracer(twin, model)
                     graph = tracer.trace(twin, concrete_args=arguments)
         except Exception as error:
             raise ValueError(
                 f"torch.fx cannot trace {type(model).__name__} ({error}). Fold a traceable part "
                 "of it, or single pairs with fold_conv_bn and fold_linear_bn"
             ) from error
-        # One module can have several names: go by the module, and call it by its first name.
-        first = {module: name for name, module in twin.named_modules()}
-        self._modules = dict(twin.named_modules(remove_duplicate=False))
-        for module in first:
-            tracer.watch(module)
-        self._changed = {first[module] for module in tracer.changed}
-        self._entered, self.ran = tracer.methods_run(first)
-        self._outputs = tracer.outputs
+        for module in tracer.names:
+            tracer.compare(module)
+        self._changed, self.ran, self._outputs = tracer.changed, tracer.ran, tracer.outputs
+        # By their ids, which are unique as long as all are held. They hold the outputs.
+        self._within = {node: set(map(id, frames)) for node, frames in tracer.within.items()}
+        tracer.within.clear()
 
+        first = tracer.names
+        self._modules = dict(twin.named_modules(remove_duplicate=False))
         self._record = str(graph)
         self._constants: list[Any] = []
         self._uses: Counter[str] = Counter()
@@ -186,7 +178,7 @@ class Trace:
         """The layer that this batch norm runs after, or before, and that does so for it alone."""
         self._check_call(bn)
         layer = self._before(bn) if after else self._after(bn)
-        if self._entered[self._node[layer]] != self._entered[self._node[bn]]:
+        if self._within[self._node[layer]] != self._within[self._node[bn]]:
             raise NotExact(f"a method that forward runs calls only one of it and {layer!r}")
         return layer
 
@@ -210,14 +202,8 @@ class Trace:
         if bn not in self._node:
             raise NotExact("it is inside a module that is not traced (hooks), or not used")
         self._check_use(bn, "it")
-        x, residual, activation = map(self._arguments(bn).get, ("input", "residual", "activation"))
-        if (
-            not isinstance(x, torch.fx.Node)
-            or residual is x
-            or not (residual is None or isinstance(residual, torch.fx.Node))
-            or activation not in (None, "relu")
-            or len(self._node[bn].args) > 3
-        ):
+        x, residual = map(self._arguments(bn).get, ("input", "residual"))
+        if not isinstance(x, torch.fx.Node) or residual is x:
             raise NotExact(f"it is called with {self._node[bn].args}, {self._node[bn].kwargs}")
 
     def _check_use(self, name: str, what: str) -> None:
@@ -279,9 +265,9 @@ class Trace:
 
 def _form(node: torch.fx.Node) -> bool:
     """Whether a node reads of a tensor only what folding leaves as it is."""
-    if node.target is getattr:
-        return node.args[1] in ("dtype", "device", "shape", "ndim")
-    return node.op == "call_method" and node.target in ("size", "dim")
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("dtype", "device", "shape", "ndim")
 
 
 def _describe(node: torch.fx.Node, name: str | None) -> str:
