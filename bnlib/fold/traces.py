@@ -29,14 +29,8 @@ from bnlib.fold.pair import LAYERS, NotExact, copied, has_hooks, held
 
 _FOLDABLE = (_BatchNorm, *LAYERS)
 # Classes of torch that hold a model and run it their own way.
-_WRAPPERS = {
-    "DataParallel",
-    "DistributedDataParallel",
-    "FSDPModule",
-    "FullyShardedDataParallel",
-    "OptimizedModule",
-    "ScriptModule",
-}
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}
+_WRAPPERS |= {"OptimizedModule", "ScriptModule"}
 
 
 def wraps(module: nn.Module) -> bool:
@@ -64,11 +58,11 @@ def traces_of(model: nn.Module) -> tuple[list[Trace], list[str]]:
 
     attempt("a second call of forward", defaults, 2)
     for name, value in defaults.items():
-        others = {k: v for k, v in defaults.items() if k != name}
-        if value is None:
-            attempt(f"forward with {name!r} given", others)
+        if value is None:  # a symbol for it
+            given = {k: v for k, v in defaults.items() if k != name}
+            attempt(f"forward with {name!r} given", given)
         elif isinstance(value, bool):
-            attempt(f"forward with {name!r} given", others | {name: not value})
+            attempt(f"forward with {name!r} given", defaults | {name: not value})
         else:
             failed.append(f"forward with another {name!r}")
     return traces, failed
