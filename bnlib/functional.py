@@ -14,7 +14,9 @@ from torch.autograd import forward_ad
 
 from bnlib import reference
 from bnlib.kernels import (
+    channels_are_neighbours,
     check_beside,
+    check_like,
     check_per_channel,
     check_plain,
     dense,
@@ -41,6 +43,8 @@ _modes = torch._C._len_torch_dispatch_stack
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+# An older torch does not say whether hooks are at work: then its answer is False, not None.
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", bool)
 
 
 def batch_norm(
@@ -80,7 +84,9 @@ def batch_norm(
     transforms of ``torch.func`` inside a graph always get torch's operator.
 
     Args:
-        input: x, shape (N, C, ...), real floating, any strides; 16-bit is computed in float32.
+        input: x, shape (N, C, ...), real floating, any strides; 16-bit is computed in float32. In
+            float32 the variance is inf, and y 0 or NaN, where values lie further than about 10¹⁷
+            from their mean (10³⁷ with "reference"): sums of their squares leave its range.
         running_mean: shape (C,); needed in evaluation, updated in place in training unless None.
         running_var: shape (C,), likewise.
         weight: γ, shape (C,), or None for 1.
@@ -99,14 +105,15 @@ def batch_norm(
             takes the input and can be imported.
 
     Returns:
-        Tensor with the shape, dtype and memory format of ``input``. For an empty batch it is empty,
-        and the running statistics stay as they are.
+        Tensor with the shape, dtype and memory format of ``input``, or with those that torch gives
+        its sum with an unlike residual. For an empty batch it is empty, and the running statistics
+        stay as they are.
 
     Raises:
         TypeError: a tensor that is not real floating.
         ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
-            one value per channel in training; evaluation without running statistics; a backend
-            that does not take the input.
+            one value per channel, or running statistics that require a gradient, in training;
+            evaluation without running statistics; a backend that does not take the input.
         ImportError: a backend whose package (Numba, Triton) is missing.
         RuntimeError: a second or batched derivative with a ``process_group``; running statistics
             in training that a transform such as ``vmap`` cannot update.
@@ -134,7 +141,14 @@ def batch_norm(
         where = {"process_group": process_group, "backend": backend}
         y = batch_norm(*tensors, training, momentum, eps, **where)
         return _activate(y, residual, activation)  # by torch's rules for unlike tensors
-    if not training and torch.is_grad_enabled() and _require_grad(running_mean, running_var):
+    if (
+        running_mean is not None
+        and running_var is not None
+        and (running_mean.requires_grad or running_var.requires_grad)
+        and torch.is_grad_enabled()
+    ):
+        if training:
+            raise ValueError("expected running statistics that require no gradient in training")
         return _activate(_differentiable(*tensors, training, momentum, eps), residual, activation)
     if group is None and _is_traced():
         forced = backend in ("cpu", "gpu") and input.numel() > 0
@@ -183,16 +197,23 @@ class _BatchNorm(torch.autograd.Function):
         y, mean, inv_std, mask, batch = _forward(kernels, *tensors, *how, trusted=True)
         if needs_grad:
             ctx.save_for_backward(x, weight, mean, inv_std, mask)
-            ctx.options = (eps, group, kernels, None if batch is None else batch.count)
+            count = None if batch is None else batch.count
+            ctx.options = (eps, group, kernels, count, _hooks(False) is not None)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mean, inv_std, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
-        eps, group, kernels, count = ctx.options
+        eps, group, kernels, count, hooked = ctx.options
         is_first = not (torch.is_grad_enabled() or _is_batched(dy))
-        if not (is_first and is_plain(dy)):
+        plain = is_plain(dy)
+        if hooked:  # and so saved tensors are what a hook has made of them
+            x, weight, mean, inv_std = map(in_memory, (x, weight, mean, inv_std))
+            mask = None if mask is None else mask.contiguous()
+            x = _as_masked(kernels, x, mask)
+            plain = plain and is_plain(x, weight, mean, inv_std, mask)
+        if not (is_first and plain):
             dy, mask = _behind_relu(kernels, dy, mask, x), None
             kernels = reference
         if not is_first:
@@ -206,9 +227,8 @@ class _BatchNorm(torch.autograd.Function):
                 mean, inv_std = batch.mean, _inv_std(batch, eps)
         saved = (x, weight, mean, inv_std, mask, count)
         needs = (need_x, need_weight or need_bias, need_residual)
-        trusted = dy.dtype == x.dtype and dy.shape == x.shape  # whatever unpacked x
         dx, sum_dy, sum_dy_x_hat, dresidual = _backward(
-            kernels, dy, *saved, *needs, group, trusted=trusted
+            kernels, dy, *saved, *needs, group, trusted=not hooked
         )
         # Autograd casts them to the dtypes of the weight and the bias.
         return (
@@ -330,6 +350,16 @@ def _behind_relu(kernels: Any, dy: Tensor, mask: Tensor | None, x: Tensor) -> Te
     return torch.where(getattr(kernels, "unpack_mask", unpack_mask)(mask, x), dy, 0)
 
 
+def _as_masked(kernels: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return ``x`` in the layout that it had when its mask was filled, whatever it has now."""
+    make = getattr(kernels, "empty_mask", empty_mask)
+    if mask is None or mask.shape == make(x).shape:
+        return x
+    if channels_are_neighbours(x):
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 # --- The layer as an operator, for those who record operations ------------------------------------
 # An operator may not change its inputs if it is to have a gradient, return nothing, or return two
 # views of one tensor: so the running statistics move outside, statistics per channel are one
@@ -427,14 +457,15 @@ def _operator_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx, the rows sum_dy and sum_dy_x_hat, and dy behind the ReLU; empty if not needed."""
-    if statistics.shape != (3, x.shape[1]):
+    if x.dim() < 2 or statistics.shape != (3, x.shape[1]):
         raise ValueError(
-            f"expected statistics of shape (3, {x.shape[1]}) for input of shape {tuple(x.shape)}, "
-            f"got shape {tuple(statistics.shape)}"
+            "expected input of shape (N, C, ...) and statistics of shape (3, C), got shapes "
+            f"{tuple(x.shape)} and {tuple(statistics.shape)}"
         )
-    x = dense(x)
+    check_like(x, dy=dy)
     kernels, (mean, _, inv_std) = _kernels(x, _forced(backend)), statistics
-    saved = (x, weight, mean, inv_std, mask, x.numel() // x.shape[1] if training else None)
+    x = dense(_as_masked(kernels, x, mask))
+    saved = (x, weight, mean, inv_std, mask, x.numel() // max(x.shape[1], 1) if training else None)
     needs = (need_x, need_sums, need_residual)
     dx, *sums, dresidual = _backward(kernels, dy, *saved, *needs, None, trusted=False)
     return (
@@ -563,10 +594,6 @@ def _check_residual(input: Tensor, residual: Tensor) -> None:
                 f"expected residual of a shape that broadcasts with {tuple(input.shape)}, "
                 f"got {tuple(residual.shape)}"
             ) from None
-
-
-def _require_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _torch_is_as_good(

@@ -91,8 +91,8 @@ _DOC = """Batch normalization of {shape} input: ``torch.nn.{name}`` with bnlib's
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as in torch.
 
-    ``forward(input, residual=None, activation=None)`` takes input of shape {shape}, a residual of
-    the same shape and dtype, and None or "relu"; see :func:`bnlib.functional.batch_norm`.
+    ``forward(input, residual=None, activation=None)`` takes input of shape {shape}, and the other
+    two as :func:`bnlib.functional.batch_norm` does.
 
     Source: Ioffe & Szegedy (2015). Derived in *Forward, and what ε does* and *Backward*.
     """

@@ -136,7 +136,9 @@ def grad_input(
 
     Source: Ioffe & Szegedy (2015), section 3, collected. Derived in *Backward*.
     """
-    xp = floating_namespace(dy=dy, x=x, mean=mean, inv_std=inv_std, weight=weight, sum_dy=sum_dy)
+    vectors = {"mean": mean, "inv_std": inv_std, "weight": weight}
+    sums = {"sum_dy": sum_dy, "sum_dy_x_hat": sum_dy_x_hat}
+    xp = floating_namespace(dy=dy, x=x, **vectors, **sums)
     x_hat = _x_hat(xp, x, mean, inv_std, channel_axis)
     count = max(count, 1)  # an empty batch has nothing to correct, and nothing to divide
     dx = (

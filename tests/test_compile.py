@@ -387,6 +387,8 @@ def test_the_operators_refuse_misfits():
         lambda: forward(x, None, None, None, None, None, False, *how[1:]),
         lambda: forward(x, None, None, None, None, None, *how[:-1], "auto"),
         lambda: backward(x[:2], x, None, rows, None, True, True, True, False, BACKEND),
+        lambda: backward(x[..., :1], x, None, rows, None, False, True, True, False, BACKEND),
+        lambda: backward(v, v, None, rows, None, True, True, True, False, BACKEND),
         lambda: backward(x, x, short, rows, None, True, True, True, False, BACKEND),
         lambda: backward(x, x, None, rows[:, :4], None, True, True, True, False, BACKEND),
         lambda: backward(x, x, None, rows[:2], None, True, True, True, False, BACKEND),
@@ -394,3 +396,22 @@ def test_the_operators_refuse_misfits():
     ):
         with pytest.raises((TypeError, ValueError), match=r"expected .* got"):
             call()
+    none = torch.ones(4, 0, 3)
+    dx, sums, _ = backward(none, none, None, rows[:, :0], None, True, True, True, False, BACKEND)
+    assert dx.shape == none.shape and sums.shape == (2, 0)
+
+
+def test_the_operators_gradient_reads_the_mask_in_the_layout_it_was_filled_in():
+    x, dy = draw((4, 5, 4, 3)).to(memory_format=torch.channels_last), draw((4, 5, 4, 3))
+    how = (None, None, None, None, None, True, 1e-5, True, True, BACKEND)
+    _, rows, mask = torch.ops.bnlib.batch_norm(x, *how)
+    found = [
+        torch.ops.bnlib.batch_norm_backward(
+            dy, again, None, rows, mask, True, need_x, True, need_x, BACKEND
+        )[: 2 if need_x else None]
+        for need_x in (True, False)
+        for again in (x, x.contiguous())
+    ]
+    for kept, lost in (found[:2], found[2:]):
+        for a, b in zip(kept, lost, strict=True):
+            torch.testing.assert_close(a, b)

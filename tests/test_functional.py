@@ -550,6 +550,59 @@ def test_fused_keeps_x_and_at_most_a_bit_per_element(shape, backend):
     y.backward(dy)
 
 
+class Tagged(torch.Tensor):
+    pass
+
+
+UNPACKED = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels_last": lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "with gaps": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+    "negative view": lambda t: torch._neg_view(-t) if t.dim() == 4 else t,
+    "subclass": lambda t: t.as_subclass(Tagged),
+}
+
+
+@pytest.mark.parametrize("unpack", UNPACKED.values(), ids=UNPACKED)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_hook_unpacks_the_input_in_another_form(unpack, channels_last, backend):
+    x, weight, bias, *_, dy = case((4, 6, 5, 3), torch.float32)
+    residual = case(x.shape, torch.float32, seed=1)[0]
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+
+    def grads(unpack):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            fused = {"residual": residual, "activation": "relu", "backend": backend}
+            y = batch_norm(x, None, None, weight, bias, True, **fused)
+        return torch.autograd.grad(y, leaves, dy)
+
+    assert_same(grads(unpack), grads(lambda t: t), rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_in_tensors_are_read_at_every_call(backend):
+    x, *_, mean, var, _ = case((6, 3))
+    momentum, eps = torch.tensor(0.25), torch.tensor(1e-3)
+    for value in (0.25, 0.5):
+        momentum.fill_(value), eps.fill_(value)
+        ours, theirs = [mean.clone(), var.clone()], [mean.clone(), var.clone()]
+        y = batch_norm(x, *ours, training=True, momentum=momentum, eps=eps, backend=backend)
+        expected = torch_batch_norm(x, *theirs, training=True, momentum=value, eps=value)
+        assert_same([y, *ours], [expected, *theirs], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var"])
+def test_training_refuses_statistics_that_require_grad(which, backend):
+    x = case((6, 3))[0]
+    statistics = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    statistics[which].requires_grad_()
+    with pytest.raises(ValueError, match="require no gradient"):
+        batch_norm(x, **statistics, training=True, backend=backend)
+    with torch.no_grad():
+        batch_norm(x, **statistics, training=True, backend=backend)
+
+
 @pytest.mark.parametrize("which", ["input", "weight", "residual"])
 def test_what_a_transform_has_left_behind(which):
     x, weight, *_, residual = case((4, 3, 5), torch.float32)

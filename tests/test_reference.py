@@ -21,6 +21,7 @@ from bnlib import (
     batch_norm_forward,
     merge,
     moments,
+    reference,
     update_running_stats,
 )
 
@@ -129,6 +130,13 @@ def test_weight_and_bias_are_independent(given):
     assert_close(y, torch_forward(case.x, case, training=True))
     assert (grads.dweight is None) == (given == "bias")
     assert (grads.dbias is None) == (given == "weight")
+
+
+def test_no_sum_may_have_a_mask():
+    x, sums = np.ones((4, 2)), [np.ones(2), np.ma.masked_equal([1.0, 2.0], 2)]
+    for sum_dy, sum_dy_x_hat in (sums, sums[::-1]):
+        with pytest.raises(TypeError, match="without a mask"):
+            reference.grad_input(x, x, x[0], x[0], None, sum_dy, sum_dy_x_hat, 4)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10])

@@ -46,6 +46,7 @@ from bnlib.kernels import (
     check_layout,
     check_like,
     check_mask,
+    check_plain,
     check_vectors,
     dense,
     is_plain,
@@ -1000,7 +1001,8 @@ def _checked(
 ) -> Tensor:
     """Return ``x`` with its channels on axis 1."""
     if not supports(x) or x.dim() < 2:
-        what = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        check_plain(x=x)
+        what = f"{x.dtype} {tuple(x.shape)} on {x.device}"
         raise TypeError(f"expected x to be a floating-point CPU tensor of rank >= 2, got {what}")
     x = x.movedim(channel_axis, 1)
     check_vectors(x, **vectors)
@@ -1105,7 +1107,7 @@ def _forward(
         x.data_ptr(), *_mask_of(mask), weight.data_ptr(), _address(mean), _address(inv_std),
         _address(y), _address(residual), bias.data_ptr(), _address(m2),
         *([_address(r) for r in running] or (0, 0)),
-        _bits_of(eps), _bits_of(momentum), _bits_of(0.0 if relu else -math.inf),
+        _bits_of(float(eps)), _bits_of(float(momentum)), _bits_of(0.0 if relu else -math.inf),
     )  # fmt: skip
     kernel = _compiled(_forward_kernel, x.dtype, mask is not None, residual is not None)
     _run(kernel, plan, steps, arguments)

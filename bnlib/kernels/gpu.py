@@ -40,6 +40,7 @@ from bnlib.kernels import (
     check_layout,
     check_like,
     check_mask,
+    check_plain,
     check_vectors,
     dense,
     is_plain,
@@ -573,8 +574,9 @@ def _checked(x: Tensor, channel_axis: int = 1) -> Tensor:
     if x.dtype not in _DTYPES:
         raise TypeError(f"expected x of float32, float16 or bfloat16, got {x.dtype}")
     if not supports(x):
+        check_plain(x=x)
         missing = "" if torch.cuda.is_available() else "; torch finds no CUDA device here"
-        raise RuntimeError(f"expected x on a GPU, got {type(x).__name__} on {x.device}{missing}")
+        raise RuntimeError(f"expected x on a GPU, got it on {x.device}{missing}")
     return dense(x.movedim(channel_axis, 1))
 
 
