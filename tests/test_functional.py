@@ -592,6 +592,18 @@ def test_numbers_in_tensors_are_read_at_every_call(backend):
         assert_same([y, *ours], [expected, *theirs], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("which", ["input", "weight", "bias", "residual", "running_mean", "dy"])
+def test_a_tensor_whose_storage_has_been_freed(which):
+    """As torch's batch norm; torch's simpler operations, so the reference, crash."""
+    x, weight, bias, running_mean, running_var, dy = case((6, 3), torch.float32)
+    given = {"input": x, "weight": weight.clone(), "bias": bias.clone(), "residual": x.clone()}
+    given |= {"running_mean": running_mean.clone(), "running_var": running_var.clone()}
+    (given | {"dy": dy})[which].untyped_storage().resize_(0)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="storage has been freed"):
+        batch_norm(**given, training=True, activation="relu", backend="cpu").backward(dy)
+
+
 @pytest.mark.parametrize("which", ["running_mean", "running_var"])
 def test_training_refuses_statistics_that_require_grad(which, backend):
     x = case((6, 3))[0]

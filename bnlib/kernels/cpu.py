@@ -1041,7 +1041,11 @@ def _vector(v: Tensor | None, default: float, x: Tensor) -> Tensor:
 
 
 def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    return 0 if t is None else t.data_ptr() or _freed()
+
+
+def _freed() -> int:
+    raise RuntimeError("expected tensors with memory, got one whose storage has been freed")
 
 
 def _number_dtype(x: Tensor) -> torch.dtype:
@@ -1104,8 +1108,9 @@ def _forward(
     residual = None if residual is None else _beside(residual, x)
     weight, bias = _vector(weight, 1, x), _vector(bias, 0, x)
     arguments = (
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), _address(mean), _address(inv_std),
-        _address(y), _address(residual), bias.data_ptr(), _address(m2),
+        x.data_ptr() or _freed(), *_mask_of(mask), weight.data_ptr() or _freed(),
+        _address(mean), _address(inv_std),
+        _address(y), _address(residual), bias.data_ptr() or _freed(), _address(m2),
         *([_address(r) for r in running] or (0, 0)),
         _bits_of(float(eps)), _bits_of(float(momentum)), _bits_of(0.0 if relu else -math.inf),
     )  # fmt: skip
@@ -1115,7 +1120,7 @@ def _forward(
 
 
 def _mask_of(mask: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if mask is None else (mask.data_ptr(), mask.numel())
+    return (0, 0) if mask is None else (mask.data_ptr() or _freed(), mask.numel())
 
 
 @functools.lru_cache(maxsize=256)
@@ -1235,8 +1240,8 @@ def _backward(
         return dx
     mean, inv_std, weight = (_vector(v, 1, x) for v in (mean, inv_std, weight))
     arguments = (
-        x.data_ptr(), *_mask_of(mask), weight.data_ptr(), mean.data_ptr(), inv_std.data_ptr(),
-        _address(dx), dy.data_ptr(), _address(dresidual), *(s.data_ptr() for s in sums), count,
+        x.data_ptr() or _freed(), *_mask_of(mask), *(_address(v) for v in (weight, mean, inv_std)),
+        _address(dx), dy.data_ptr() or _freed(), _address(dresidual), *map(_address, sums), count,
     )  # fmt: skip
     kernel = _compiled(_backward_kernel, x.dtype, mask is not None, dresidual is not None)
     _run(kernel, plan, steps, arguments)
