@@ -498,7 +498,7 @@ def test_answers_and_folds_are_told_apart_by_ear(site, reading, path):
                 yield name
 
     opening = named("DisclosureTriangle")
-    other = ("Show the code of this figure", "Going deeper")
+    other = ("Show the ", "Going deeper")
     answers = [(at, name) for at, name in opening if not name.startswith(other)]
     asked = quiz(nb)
     assert len(answers) == sum(len(options) for _, options in asked)

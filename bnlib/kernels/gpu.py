@@ -576,7 +576,7 @@ def _checked(x: Tensor, channel_axis: int = 1) -> Tensor:
     if not supports(x):
         check_plain(x=x)
         missing = "" if torch.cuda.is_available() else "; torch finds no CUDA device here"
-        raise RuntimeError(f"expected x on a GPU, got it on {x.device}{missing}")
+        raise RuntimeError(f"expected x on a GPU, got {type(x).__name__} on {x.device}{missing}")
     return dense(x.movedim(channel_axis, 1))
 
 
