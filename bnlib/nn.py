@@ -172,6 +172,7 @@ _OURS: dict[type, type] = {
     torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_BEFORE = "_before_sync"  # where a module that was made synchronised keeps the class that it had
 
 
 def convert_batch_norm(
@@ -265,18 +266,11 @@ def restore_batch_norm(model: torch.nn.Module) -> torch.nn.Module:
     _check_model(model)
     for module in model.modules():
         if type(module) in _TORCHS:
-            module.__class__ = _torch_class(module)
-            if module.__dict__.pop(_BEFORE, None) is not None:
+            before = module.__dict__.pop(_BEFORE, None)
+            module.__class__ = before or _TORCHS[type(module)]
+            if before is not None:
                 del module.__dict__["process_group"]
     return model
-
-
-# Where a module that was made synchronised keeps the class that it had.
-_BEFORE = "_before_sync"
-
-
-def _torch_class(module: torch.nn.Module) -> type:
-    return module.__dict__.get(_BEFORE) or _TORCHS[type(module)]
 
 
 def _check_model(model: torch.nn.Module) -> None:
