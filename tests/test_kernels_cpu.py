@@ -349,7 +349,7 @@ def test_permuted_strides(order):
 
 
 @pytest.mark.parametrize("lanes", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(16, 5, 40, 40), (8, 64, 40, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(32, 5, 40, 40), (24, 64, 40, 40)], ids=str)
 def test_sums_of_squares_beyond_float32(shape, lanes):
     x = torch.full(shape, 1e17)
     x[::2] *= -1
