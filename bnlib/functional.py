@@ -110,13 +110,15 @@ def batch_norm(
         stay as they are.
 
     Raises:
-        TypeError: a tensor that is not real floating.
+        TypeError: a tensor that is not real floating; for backend "cpu" or "gpu" a parameter or
+            residual of a subclass or layout that kernels cannot read.
         ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
             one value per channel, or running statistics that require a gradient, in training;
             evaluation without running statistics; a backend that does not take the input.
         ImportError: a backend whose package (Numba, Triton) is missing.
         RuntimeError: a second or batched derivative with a ``process_group``; running statistics
-            in training that a transform such as ``vmap`` cannot update.
+            in training that a transform such as ``vmap`` cannot update; for the CPU kernels a
+            tensor whose storage has been freed.
 
     Source: Ioffe & Szegedy (2015), algorithms 1 and 2. Derived in *Forward, and what ε does* and
     *Backward*.

@@ -1192,7 +1192,8 @@ def moments_and_normalize(
 ) -> tuple[Tensor, Moments, Tensor]:
     """Return ``(y, Moments, inv_std)``: both steps of a channel while it is in the cache.
 
-    Running statistics, if given, are moved in place by ``momentum``.
+    Running statistics, if given, are moved in place by ``momentum``. ``trusted`` says that the
+    caller has checked all tensors.
     """
     if not trusted:
         x = _checked(x, 1, mask, weight=weight, bias=bias)
@@ -1323,7 +1324,10 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
     trusted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache."""
+    """Return ``(dx, sum_dy, sum_dy_x_hat)``: both steps of a channel while it is in the cache.
+
+    ``trusted`` says that the caller has checked all tensors.
+    """
     if not trusted:
         x = _checked(x, 1, mask, mean=mean, inv_std=inv_std, weight=weight)
         check_like(x, dy=dy, dresidual=dresidual)

@@ -803,7 +803,10 @@ def grad_sums_and_input(
     dresidual: Tensor | None = None,
     trusted: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, sum_dy, sum_dy_x_hat: :func:`grad_sums`, then :func:`grad_input`."""
+    """Return dx, sum_dy, sum_dy_x_hat: :func:`grad_sums`, then :func:`grad_input`.
+
+    ``trusted`` says that the caller has checked all tensors.
+    """
     if trusted:
         x = dense(x)
         dy = dense(dy, x)
