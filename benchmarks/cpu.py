@@ -236,7 +236,7 @@ def training_models(bottleneck: bool, layout: str) -> tuple[dict, Callable[[str]
     import torch
 
     import bnlib.nn
-    from bnlib.datasets import photo_patches
+    from bnlib.book.datasets import photo_patches
 
     class Block(torch.nn.Module):
         """A residual block of ResNet-18 (two convolutions) or of ResNet-50 (a bottleneck)."""

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from bnlib.distributed import sync_moments, sync_sum
-from bnlib.moments import Moments
+from bnlib.statistics import Moments
 
 OUT = Path(__file__).resolve().parent.parent / "book" / "data" / "distributed.csv"
 RANKS = (2, 4)

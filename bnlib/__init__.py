@@ -4,7 +4,6 @@ Importing ``bnlib`` imports NumPy and nothing heavier; the PyTorch parts are sub
 """
 
 from bnlib.axes import per_channel, reduction_axes
-from bnlib.moments import Moments, merge, moments
 from bnlib.reference import (
     Cache,
     Grads,
@@ -12,6 +11,7 @@ from bnlib.reference import (
     batch_norm_forward,
     update_running_stats,
 )
+from bnlib.statistics import Moments, merge, moments
 
 __version__ = "0.1.0"
 

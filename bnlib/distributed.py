@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bnlib.moments import Moments, merge
+from bnlib.statistics import Moments, merge
 
 
 def sync_moments(local: Moments, group: dist.ProcessGroup | None = None) -> Moments:

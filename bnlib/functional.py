@@ -26,7 +26,7 @@ from bnlib.kernels import (
     pack_mask,
     unpack_mask,
 )
-from bnlib.moments import Moments
+from bnlib.statistics import Moments
 
 BACKENDS = ("auto", "reference", "cpu", "gpu")
 _TAKEN = {

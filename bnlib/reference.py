@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bnlib.axes import per_channel, reduction_axes
-from bnlib.moments import Moments, at_least_float32, floating_namespace
-from bnlib.moments import moments as moments  # the first primitive, re-exported with the others
+from bnlib.statistics import Moments, at_least_float32, floating_namespace
+from bnlib.statistics import moments as moments  # the first primitive, re-exported with the others
 
 
 class Cache(NamedTuple):

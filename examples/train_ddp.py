@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnlib.datasets import photo_patches
+from bnlib.book.datasets import photo_patches
 from bnlib.nn import convert_batch_norm
 
 # float64: rounding, which training amplifies, stays far below anything that could be an error.

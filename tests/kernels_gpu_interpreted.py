@@ -14,7 +14,7 @@ import torch
 
 from bnlib import functional, reference
 from bnlib.kernels import gpu
-from bnlib.moments import Moments, merge
+from bnlib.statistics import Moments, merge
 
 # 2-D to 5-D; one sample, one channel, one pixel; primes; 17; 7 x 7; 1023; enough for several tiles.
 SHAPES = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bnlib
+import bnlib.book
 from bnlib import per_channel, reduction_axes
 
 
@@ -84,11 +85,15 @@ def test_per_channel_refuses_what_is_not_a_vector(v, error, message):
         per_channel(v, 4)
 
 
-@pytest.mark.parametrize("name", [found.name for found in pkgutil.iter_modules(bnlib.__path__)])
+FOLDERS = [(bnlib.__path__, ""), (bnlib.book.__path__, "book.")]
+MODULES = [found.name for folder in FOLDERS for found in pkgutil.iter_modules(*folder)]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name):
     assert doctest.testmod(importlib.import_module(f"bnlib.{name}")).failed == 0
 
 
-@pytest.mark.parametrize("name", ["axes", "moments", "reference", "datasets"])
+@pytest.mark.parametrize("name", ["axes", "statistics", "reference", "book.datasets"])
 def test_docstrings_have_examples(name):
     assert doctest.testmod(importlib.import_module(f"bnlib.{name}")).attempted > 0

@@ -19,7 +19,7 @@ from bs4 import BeautifulSoup
 from greek_search import LETTERS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from bnlib.plotting import AXIS_COLORS
+from bnlib.book.colors import AXIS_COLORS
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
@@ -606,7 +606,9 @@ def palette_problems(css, colors):
         found = dict(re.findall(r"--axis-([nchw]): (#[0-9a-f]{6});", block))
         wanted = {axis.lower(): getattr(shades, theme) for axis, shades in colors.items()}
         if found != wanted:
-            problems.append(f"{theme}: the style sheet has {found}, bnlib.plotting has {wanted}")
+            problems.append(
+                f"{theme}: the style sheet has {found}, bnlib.book.plotting has {wanted}"
+            )
     return problems
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnlib import datasets
-from bnlib.datasets import Images, digits, photo_patches, photographs
+from bnlib.book import datasets
+from bnlib.book.datasets import Images, digits, photo_patches, photographs
 
 CROP, STRIDE = 16, 4
 

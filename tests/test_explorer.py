@@ -13,8 +13,9 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 
 import bnlib
-from bnlib.datasets import photographs
-from bnlib.plotting import AXIS_COLORS, AxisExplorer, axis_explorer
+from bnlib.book.colors import AXIS_COLORS
+from bnlib.book.datasets import photographs
+from bnlib.book.explorer import AxisExplorer, axis_explorer
 
 LIMITS = (4, 6, 4, 4)
 NORMS = ("batch", "layer", "instance", "group", "pixel", "broadcast")

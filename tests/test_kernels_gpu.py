@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnlib import functional, reference
-from bnlib.plotting import AXIS_COLORS, INK, use_style
+from bnlib.book.plotting import AXIS_COLORS, INK, use_style
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(

@@ -23,7 +23,8 @@ from line_breaks import glued
 from PIL import Image
 from test_plotting import contrast
 
-from bnlib.plotting import INK, PAGE
+from bnlib.book.colors import PAGE
+from bnlib.book.plotting import INK
 
 LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
 MOST = 2_500  # elements that a browser must lay out before a page is there

@@ -13,7 +13,8 @@ import pytest
 from matplotlib.colors import to_hex, to_rgb
 
 from bnlib import moments
-from bnlib.plotting import AXIS_COLORS, INK, PAGE, draw_planes, use_style
+from bnlib.book.colors import AXIS_COLORS, PAGE
+from bnlib.book.plotting import INK, draw_planes, use_style
 
 CSS = Path(__file__).resolve().parent.parent / "book" / "_static" / "book.css"
 

@@ -221,7 +221,7 @@ def test_api_page_lists_every_public_name_or_says_that_it_does_not():
     assert {name: cpu[name] for name in listed[:7]} == {name: gpu[name] for name in listed[:7]}
     assert [m for m in unlisted(page) if m.removeprefix("bnlib.kernels.cpu.") not in listed] == []
     spoilt = page.replace(".. autofunction:: bnlib.merge\n", "").replace("at_least_float32", "x")
-    assert {"bnlib.moments.merge", "bnlib.moments.at_least_float32"} <= set(unlisted(spoilt))
+    assert {"bnlib.statistics.merge", "bnlib.statistics.at_least_float32"} <= set(unlisted(spoilt))
 
 
 # --- Requirements ---------------------------------------------------------------------------------

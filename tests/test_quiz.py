@@ -15,7 +15,7 @@ from test_pages import Visit
 from torch import nn
 
 import bnlib
-from bnlib.datasets import photo_patches
+from bnlib.book.datasets import photo_patches
 from bnlib.fold import fold_batch_norm, fold_conv_bn
 
 # --- Form -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import matplotlib
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from bnlib.plotting import AXIS_COLORS, PAGE
+from bnlib.book.colors import AXIS_COLORS, PAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "book" / "_static" / "axis-block.png"

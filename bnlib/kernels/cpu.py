@@ -70,7 +70,7 @@ from bnlib.kernels.lanes import (
     stream,
     total,
 )
-from bnlib.moments import Moments
+from bnlib.statistics import Moments
 
 # How Numba sees the elements: it has no 16-bit floats, so those travel as integers.
 _STORED = {

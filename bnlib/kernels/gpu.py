@@ -45,7 +45,7 @@ from bnlib.kernels import (
     dense,
     is_plain,
 )
-from bnlib.moments import Moments
+from bnlib.statistics import Moments
 
 try:
     import triton

@@ -1,4 +1,4 @@
-"""The directive ``axis-explorer``: the figure of `bnlib.plotting`, in a Markdown page.
+"""The directive ``axis-explorer``: the figure of `bnlib.book.explorer`, in a Markdown page.
 
 The builder ``html`` shows the figure. `epub.py` drops its script, which leaves the table inside.
 """
@@ -12,7 +12,7 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from bnlib.plotting import axis_explorer
+from bnlib.book.explorer import axis_explorer
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 class ExplorerDirective(SphinxDirective):
-    """The options are the arguments of :func:`bnlib.plotting.axis_explorer`."""
+    """The options are the arguments of :func:`bnlib.book.explorer.axis_explorer`."""
 
     option_spec: ClassVar = {
         "norm": directives.unchanged,

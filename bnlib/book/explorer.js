@@ -12,7 +12,7 @@ const NORMS = {
   pixel: ["Mistake: a mean per pixel", "chw", "{N}", "0,"],
   broadcast: ["Mistake: x - mean, along W", "c", "{N} · {H} · {W}", "0, 2, 3"],
 };
-// 2 x 3 x 8 x 8 bytes in steps of 7, N C H W: flower and astronaut of bnlib.datasets.photographs().
+// 2 x 3 x 8 x 8 bytes in steps of 7, N C H W: flower and astronaut of bnlib.book.datasets.photographs().
 const PHOTO =
   "11000111003aa30108uxxp100lwsuw700nvrsv901dtuuq2001fkjb00003dqt81647aa665737cb799bbnlmk5cbiiadl999hh8akb76djfhj8824cggca9225elne6547bd444736aa488c9fcdd4cdd945d79ab844b8758b89c55238aa8871128efd6cqqopukn9qnritjpiqgqtvjroqc3hulonxqglp66uvrspgd4rspqh43aktmpa244bpplnshm7pkngshpanfmsuiqiea3ftln9gca9h66keffh9d4dcdcb4397eed8244donhmselbohjdrfpcmfirthpica2ftlm8b886e56j8gbf7c4a7f9943959da7244";
 
