@@ -28,8 +28,10 @@ import torch
 from cpu import machine, training_models
 
 from bnlib.functional import batch_norm
-from bnlib.kernels import cpu as kernels
+from bnlib.kernels import load
+from bnlib.kernels.cpu import launch
 
+kernels = load("cpu")
 REPEATS = 300
 LARGE = [(32, 64, 112), (32, 256, 56), (32, 512, 28)]
 SMALL = [(32, 1024, 14), (32, 512, 7), (8, 256, 14)]
@@ -108,14 +110,14 @@ def passes() -> None:
     """A copy reads and writes; the layer's forward reads twice and writes, backward 4 and 1."""
     print("\ntime of the kernels, outputs in memory already there, in copies of the same tensor")
     print(f"{'N x C x H':16}{'layout':16}{'MB':>6}{'copy, ms':>10}{'forward':>9}{'backward':>10}")
-    allocate = kernels._empty_like
+    allocate = launch._empty_like
     for shape in LARGE + SMALL:
         for layout in (torch.contiguous_format, torch.channels_last):
             n, c, h = shape
             x = torch.randn(n, c, h, h).contiguous(memory_format=layout)
             dy, out = x.flip(0).contiguous(memory_format=layout), torch.empty_like(x)
             weight = torch.rand(c)
-            kernels._empty_like = lambda _, out=out: out
+            launch._empty_like = lambda _, out=out: out
             try:
                 _, m, inv_std = kernels.moments_and_normalize(x, weight, None, 1e-5)
                 given = (dy, x, m.mean, inv_std, weight, m.count)
@@ -133,7 +135,7 @@ def passes() -> None:
                         job()
                         times[name].append(time.perf_counter() - start)
             finally:
-                kernels._empty_like = allocate
+                launch._empty_like = allocate
             copy, forward, backward = (statistics.median(t) for t in times.values())
             name = "channels_last" if layout == torch.channels_last else "NCHW"
             print(

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from bnlib import functional, reference
-from bnlib.kernels import gpu
+from bnlib.kernels import load
+from bnlib.kernels.gpu import launch, plan
 from bnlib.statistics import Moments, merge
 
 # 2-D to 5-D; one sample, one channel, one pixel; primes; 17; 7 x 7; 1023; enough for several tiles.
@@ -35,6 +36,7 @@ LAYOUTS = ["contiguous", "channels_last"]
 # 11 or 8 bits; Triton's interpreter truncates bfloat16 instead, which doubles the error.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 EPS = 1e-5
+gpu = load("gpu")
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run test_kernels_gpu.py, which runs this file"
 
@@ -43,15 +45,15 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run test_kernels_gpu.py, whic
 def cut(request, monkeypatch):
     """How tensors are cut: whole channels, tiles, or small tiles with several for a program."""
     if request.param != "whole":
-        monkeypatch.setattr(gpu, "_whole", lambda *args, **kwargs: None)
+        monkeypatch.setattr(launch, "whole", lambda *args, **kwargs: None)
     if request.param == "small tiles":
-        monkeypatch.setattr(gpu, "_TILE", 1024)
-        monkeypatch.setattr(gpu, "_pixels", lambda p: 32)
-        monkeypatch.setattr(gpu, "_PROGRAMS", 6)
-        monkeypatch.setattr(gpu, "_GRID", 3)
-    gpu._plan.cache_clear()
+        monkeypatch.setattr(plan, "_TILE", 1024)
+        monkeypatch.setattr(plan, "_pixels", lambda p: 32)
+        monkeypatch.setattr(plan, "_PROGRAMS", 6)
+        monkeypatch.setattr(plan, "_GRID", 3)
+    plan.tiled.cache_clear()
     yield request.param
-    gpu._plan.cache_clear()
+    plan.tiled.cache_clear()
 
 
 def lay_out(x, layout):
@@ -322,9 +324,9 @@ def test_empty(shape):
 )
 def test_offsets_beyond_32_bits(monkeypatch, shape, stride_of_samples):
     """The first channels of a tensor of 5 GB, of which no page but theirs is ever touched."""
-    launch = gpu._launch
+    run = launch._launch
     monkeypatch.setattr(
-        gpu, "_launch", lambda kernel, grid, *a, **k: launch(kernel, (1, *grid[1:]), *a, **k)
+        launch, "_launch", lambda kernel, grid, *a, **k: run(kernel, (1, *grid[1:]), *a, **k)
     )
     assert stride_of_samples * (shape[0] - 1) >= 2**31 - 2**22
     x = torch.empty(shape, dtype=torch.float16)
@@ -432,7 +434,7 @@ LAST = X.movedim(1, -1).contiguous().movedim(-1, 1)
 )
 def test_what_does_not_fit_the_input_is_refused(monkeypatch, error, message, call):
     """A kernel would read, or write, past its end."""
-    monkeypatch.setattr(gpu, "_launch", None)
+    monkeypatch.setattr(launch, "_launch", None)
     with pytest.raises(error, match=message):
         call()
 

@@ -16,10 +16,11 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bnlib import functional
+from bnlib import functional, operator
+from bnlib.kernels import load
 
 BACKEND = "gpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
-KERNELS = functional._module(BACKEND)
+KERNELS = load(BACKEND)
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 # Inductor's own imports warn that torch.jit is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -264,14 +265,14 @@ def operands(training, with_grad, relu, channels_last=False):
 )
 def test_opcheck(training, with_grad, relu, channels_last):
     arguments = operands(training, with_grad, relu, channels_last)
-    torch.library.opcheck(functional._operator, arguments)
+    torch.library.opcheck(operator.forward, arguments)
     x, _, _, w = (t if t is None else t.detach() for t in arguments[:4])
-    _, statistics, mask = functional._operator(*(a for a in arguments))
+    _, statistics, mask = operator.forward(*(a for a in arguments))
     mask = mask.detach() if relu and with_grad else None
     masked = mask is not None
     for needs in ((True, True, masked), (True, False, False), (False, True, masked)):
         torch.library.opcheck(
-            functional._operator_backward,
+            operator.backward,
             (draw(x.shape, 5), x, w, statistics.detach(), mask, training, *needs, BACKEND),
         )
 

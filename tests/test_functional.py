@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bnlib import functional
 from bnlib.functional import batch_norm
-from bnlib.kernels import pack_mask, unpack_mask
+from bnlib.kernels import Kernels, choose
+from bnlib.kernels.tensors import pack_mask, unpack_mask
 
 torch_batch_norm = torch.nn.functional.batch_norm
 SHAPES = [(6, 3), (2, 1), (4, 3, 5), (2, 5, 4, 3), (9, 17, 7, 7), (2, 3, 2, 4, 3), (3, 2, 1, 1)]
@@ -635,7 +636,7 @@ def test_no_mask_where_no_gradient_will_be(mode, backend, monkeypatch):
     x, weight, bias, *_ = case((5, 2, 3))
     weight.requires_grad_()
     masks = []
-    monkeypatch.setattr(functional, "empty_mask", lambda x: masks.append(x))
+    monkeypatch.setattr(Kernels, "empty_mask", lambda self, x: masks.append(x))
     with mode():
         y = batch_norm(x, None, None, weight, bias, True, activation="relu", backend=backend)
     assert not masks and not y.requires_grad
@@ -757,8 +758,10 @@ def test_without_numba_the_reference_serves_and_says_so_once(monkeypatch, error)
 
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "numba", raising=False)
-    monkeypatch.delitem(sys.modules, "bnlib.kernels.cpu", raising=False)
-    functional._load.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("bnlib.kernels.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    forget = (choose.load.cache_clear, choose._installed.cache_clear)
+    [clear() for clear in forget]
     x = case((4, 3, 5), torch.float32)[0]
     try:
         with pytest.warns(
@@ -771,4 +774,4 @@ def test_without_numba_the_reference_serves_and_says_so_once(monkeypatch, error)
         with pytest.raises(error, match="libllvmlite"):
             batch_norm(x, None, None, training=True, backend="cpu")
     finally:
-        functional._load.cache_clear()
+        [clear() for clear in forget]

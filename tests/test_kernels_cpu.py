@@ -10,7 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bnlib import reference
 from bnlib.functional import batch_norm
-from bnlib.kernels import cpu, empty_mask, pack_mask, unpack_mask
+from bnlib.kernels import load
+from bnlib.kernels.cpu import compiling, launch
+from bnlib.kernels.tensors import empty_mask, pack_mask, unpack_mask
+
+cpu = load("cpu")
 
 # Rows, short rows, neighbouring channels; many and few channels and samples; awkward lengths.
 SHAPES = [
@@ -156,7 +160,7 @@ def test_same_bits_on_any_number_of_threads(shape, lanes, monkeypatch):
         for threads in (1, 2, 3, 5, 2):
             torch.set_num_threads(threads)
             results.append(everything(*given))
-        monkeypatch.setattr(cpu, "_openmp", None)  # where torch has no OpenMP that we can call
+        monkeypatch.setattr(launch, "_openmp", None)  # where torch has no OpenMP that we can call
         results.append(everything(*given))
     finally:
         torch.set_num_threads(before)
@@ -182,7 +186,10 @@ STREAMED = [
 @pytest.mark.parametrize(("shape", "dtype", "lanes"), STREAMED, ids=str)
 def test_large_outputs_are_what_small_ones_are(shape, dtype, lanes):
     x, dy, residual, weight, bias = tensors(shape, dtype, lanes)
-    weight, bias = weight.float().to(cpu._number_dtype(x)), bias.float().to(cpu._number_dtype(x))
+    weight, bias = (
+        weight.float().to(launch._number_dtype(x)),
+        bias.float().to(launch._number_dtype(x)),
+    )
     (y, mean, _, inv_std, fused, dx, *sums, masked_dx, _, _, dresidual), mask = everything(
         x, dy, residual, weight, bias
     )
@@ -260,13 +267,13 @@ def test_in_forked_data_loader_workers():
     assert list(loader) == expected
 
 
-@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
 def test_another_process_finds_what_was_compiled(kernel):
     """Numba's key for a closure is what it closes over, which must not differ from run to run."""
-    cpu._compiled(getattr(cpu, kernel), torch.float32, True, False)
+    launch._compiled(getattr(launch, kernel), torch.float32, True, False)
     code = (
-        "import torch\nfrom bnlib.kernels import cpu\n"
-        f"kernel, *_ = cpu._compiled(cpu.{kernel}, torch.float32, True, False)\n"
+        "import torch\nfrom bnlib.kernels.cpu import launch\n"
+        f"kernel, *_ = launch._compiled(launch.{kernel}, torch.float32, True, False)\n"
         "print(kernel.cache_hits)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -306,7 +313,7 @@ def test_works_where_nothing_can_be_cached():
             raise RuntimeError("cannot cache function: no locator available")
         return "compiled"
 
-    assert cpu._cached(decorate) == "compiled"
+    assert compiling.cached(decorate) == "compiled"
 
 
 class Own(torch.Tensor):

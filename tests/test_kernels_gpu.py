@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from bnlib import functional, reference
 from bnlib.book.plotting import AXIS_COLORS, INK, use_style
+from bnlib.kernels import choose, load
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(
@@ -56,24 +57,21 @@ def parameters(function):
 @pytest.mark.parametrize("name", ["moments", "normalize", "grad_sums", "grad_input"])
 def test_the_primitives_have_one_signature(name):
     """The reference's, and for both kinds of kernels the same that is fused besides."""
-    from bnlib.kernels import cpu, gpu
-
-    expected, kernels = parameters(getattr(reference, name)), parameters(getattr(gpu, name))
-    assert parameters(getattr(cpu, name)) == kernels
+    expected = parameters(getattr(reference, name))
+    kernels = parameters(getattr(load("reference"), name))
     assert kernels[: len(expected)] == expected
     assert all(kind == inspect.Parameter.KEYWORD_ONLY for _, kind, _ in kernels[len(expected) :])
 
 
 @needs_triton
 def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
-    from bnlib.kernels import gpu
-
+    gpu = load("gpu")
     monkeypatch.setattr(gpu, "supports", lambda x: x.is_supported)
-    for is_supported, expected in ((True, gpu), (False, reference)):
+    for is_supported, expected in ((True, gpu), (False, load("reference"))):
         on = types.SimpleNamespace(
             is_cpu=False, is_cuda=True, numel=lambda: 1, is_supported=is_supported
         )
-        assert functional._kernels(on, "auto") is expected
+        assert choose.choose(on, "auto", plain=True) is expected
 
 
 # --- In the interpreter ---------------------------------------------------------------------------
@@ -113,11 +111,13 @@ CASES = [
 
 def launches(monkeypatch, layer, dtype, channels_last):
     """Return every launch of one layer: forward plain and with all that is fused, and backward."""
-    from bnlib.kernels import gpu
+    from bnlib.kernels.gpu import launch
+
+    gpu = load("gpu")
 
     calls = []
     monkeypatch.setattr(gpu, "supports", lambda x: True)
-    monkeypatch.setattr(gpu, "_launch", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(launch, "_launch", lambda *args, **kwargs: calls.append((args, kwargs)))
     n, c, h = layer
     x = torch.empty((n, c, h, h), dtype=dtype, device="meta")
     if channels_last:
@@ -207,9 +207,9 @@ def test_compiles_without_spills_and_with_wide_loads(
 
 @needs_triton
 def test_every_kernel_is_compiled(monkeypatch):
-    from bnlib.kernels import gpu
+    from bnlib.kernels.gpu import kernels as device
 
-    kernels = {name for name in vars(gpu) if name.endswith("_kernel")}
+    kernels = {name for name in vars(device) if name.endswith("_kernel")}
     met = set()
     for layer, dtype, channels_last, _ in CASES:
         met |= {args[0].__name__ for args, _ in launches(monkeypatch, layer, dtype, channels_last)}
@@ -243,11 +243,13 @@ def test_no_number_travels_and_nothing_is_copied(monkeypatch, layout, shape, act
 
     The other would be a pass that nobody has counted.
     """
-    from bnlib.kernels import gpu
+    from bnlib.kernels.gpu import launch
+
+    gpu = load("gpu")
 
     launched = []
     monkeypatch.setattr(gpu, "supports", lambda x: True)
-    monkeypatch.setattr(gpu, "_launch", lambda kernel, *args, **kwargs: launched.append(kernel))
+    monkeypatch.setattr(launch, "_launch", lambda kernel, *args, **kwargs: launched.append(kernel))
     monkeypatch.setattr(functional, "_is_traced", lambda: False)  # the test itself records
     x, residual = (torch.empty(shape, device="meta", memory_format=layout) for _ in range(2))
     x.requires_grad_(), residual.requires_grad_()
@@ -272,12 +274,12 @@ def test_no_number_travels_and_nothing_is_copied(monkeypatch, layout, shape, act
 @needs_triton
 @pytest.mark.parametrize("reduce", [False, True])
 def test_a_plan_covers_every_tile_once(reduce):
-    from bnlib.kernels import gpu
+    from bnlib.kernels.gpu.plan import tiled
 
     shapes = [(1, 1, 1), (32, 64, 3136), (2, 3, 50_000_000), (10**9, 3, 1), (7, 10**6, 1)]
     for n, c, p in [*shapes, (1, 4, 2**30)]:
         for itemsize in (2, 4):
-            plan = gpu._plan(n, c, p, itemsize, reduce)
+            plan = tiled(n, c, p, itemsize, reduce)
             bn, bc, bp = (plan.blocks[name] for name in ("BN", "BC", "BP"))
             assert plan.tiles == -(-n // bn) * -(-p // bp)
             assert plan.grid[0] * bc >= c > (plan.grid[0] - 1) * bc
@@ -290,12 +292,12 @@ def test_a_plan_covers_every_tile_once(reduce):
 @needs_triton
 def test_single_read_serves_most_of_resnet50():
     """At batch 32, 41 of the 53 forwards in torch's usual layout: H = W = 28, 14 and 7."""
-    from bnlib.kernels import gpu
+    from bnlib.kernels.gpu.plan import whole
 
     counts = {(64, 112): 1, (64, 56): 6, (256, 56): 4, (128, 56): 1, (128, 28): 7, (512, 28): 5}
     counts |= {(256, 28): 1, (256, 14): 11, (1024, 14): 7, (512, 14): 1, (512, 7): 5, (2048, 7): 4}
     assert sum(counts.values()) == 53
-    fits = [k for (c, h), k in counts.items() if gpu._whole(32, c, h * h, 2, fused=False)]
+    fits = [k for (c, h), k in counts.items() if whole(32, c, h * h, 2, fused=False)]
     assert sum(fits) == 41
 
 
@@ -352,7 +354,8 @@ def test_benchmark_finds_a_wrong_kernel(tmp_path):
         "import runpy, sys, os\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from bnlib.kernels import gpu\n"
+        "from bnlib.kernels import load\n"
+        "gpu = load('gpu')\n"
         "right = gpu.moments_and_normalize\n"
         "gpu.moments_and_normalize = lambda x, w, *a, **k: right(x, None, *a, **k)\n"
         "sys.argv = ['gpu.py', '--dry-run']\n"
@@ -566,7 +569,9 @@ def test_without_triton_the_error_says_so():
 BROKEN = """
 import sys, types, warnings
 import torch
-from bnlib import functional, reference
+from bnlib import functional
+from bnlib.kernels import load
+from bnlib.kernels.choose import choose
 
 class Broken:
     def find_spec(self, name, path=None, target=None):
@@ -577,8 +582,8 @@ sys.meta_path.insert(0, Broken())
 on_a_gpu = types.SimpleNamespace(is_cpu=False, is_cuda=True, numel=lambda: 1)
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
-    assert functional._kernels(on_a_gpu, "auto") is reference
-    assert functional._kernels(on_a_gpu, "auto") is reference
+    assert choose(on_a_gpu, "auto", True) is load("reference")
+    assert choose(on_a_gpu, "auto", True) is load("reference")
 assert len(seen) == 1, seen
 print(seen[0].message)
 functional.batch_norm(torch.ones(2, 3), None, None, training=True, backend="gpu")
@@ -596,15 +601,12 @@ def test_with_a_broken_triton_the_reference_serves_and_says_so_once():
 
 @needs_triton
 def test_on_the_cpu_the_error_says_what_is_missing():
-    from bnlib.kernels import gpu
-
     x = torch.zeros(2, 3)
-    assert not gpu.supports(x)
-    with pytest.raises(RuntimeError, match="expected x on a GPU, got Tensor on cpu"):
-        gpu.moments(x)
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
-            gpu.moments(x)
+    assert not load("gpu").supports(x)
+    with pytest.raises(
+        ValueError, match=r"expected x of .*a CUDA device .*TRITON_INTERPRET=1.* on cpu"
+    ):
+        load("gpu").moments(x)
     layer = functools.partial(functional.batch_norm, training=True, backend="gpu")
     for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         with pytest.raises(ValueError, match=r"a CUDA device .*TRITON_INTERPRET=1.* on cpu"):

@@ -1,0 +1,57 @@
+"""Which tier serves a tensor: the one asked for, or the fastest that takes it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+
+from torch import Tensor
+
+from bnlib.kernels.base import Kernels
+
+BACKENDS = ("auto", "reference", "cpu", "gpu")
+_MODULES = {"reference": "plain", "cpu": "cpu.launch", "gpu": "gpu.launch"}
+
+
+@functools.cache
+def load(name: str) -> Kernels:
+    """Return the kernels of a tier.
+
+    Args:
+        name: ``"reference"``, ``"cpu"`` or ``"gpu"``.
+
+    Raises:
+        ImportError: Numba or Triton is missing.
+        ValueError: another name.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"expected a tier of {tuple(_MODULES)}, got {name!r}")
+    kernels: Kernels = importlib.import_module(f"bnlib.kernels.{_MODULES[name]}").tier
+    return kernels
+
+
+def choose(input: Tensor, backend: str, plain: bool) -> Kernels:
+    """Return the kernels for an input; without ``plain``, other tensors beside it need torch's."""
+    if backend == "auto":
+        name = "cpu" if input.is_cpu else "gpu" if input.is_cuda else None
+        fast = None if name is None else _installed(name)
+        return fast if fast is not None and plain and fast.supports(input) else load("reference")
+    kernels = load(backend)
+    kernels.check_input("input", input)
+    return kernels
+
+
+@functools.cache
+def _installed(name: str) -> Kernels | None:
+    try:
+        return load(name)
+    except Exception as error:  # what is installed but broken raises what it likes
+        if isinstance(error, ImportError) and error.name == f"bnlib.kernels.{name}":
+            return None  # this installation has no such kernels at all
+        warnings.warn(
+            f"bnlib computes batch norm with its reference, which is slower: {error} "
+            f"(install the extra: pip install 'bnlib[{name}]')",
+            stacklevel=4,
+        )
+        return None
