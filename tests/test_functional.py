@@ -8,7 +8,6 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from bnlib import functional
 from bnlib.functional import batch_norm
 from bnlib.kernels import Kernels, choose
 from bnlib.kernels.tensors import pack_mask, unpack_mask

@@ -186,10 +186,8 @@ STREAMED = [
 @pytest.mark.parametrize(("shape", "dtype", "lanes"), STREAMED, ids=str)
 def test_large_outputs_are_what_small_ones_are(shape, dtype, lanes):
     x, dy, residual, weight, bias = tensors(shape, dtype, lanes)
-    weight, bias = (
-        weight.float().to(launch._number_dtype(x)),
-        bias.float().to(launch._number_dtype(x)),
-    )
+    number = launch._number_dtype(x)
+    weight, bias = weight.float().to(number), bias.float().to(number)
     (y, mean, _, inv_std, fused, dx, *sums, masked_dx, _, _, dresidual), mask = everything(
         x, dy, residual, weight, bias
     )
