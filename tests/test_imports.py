@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -16,55 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bnlib"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What each module may import from bnlib at its top level. `functional` imports the kernels and
-# `distributed` inside its functions, because they need what may not be installed.
-MAY_IMPORT = {
-    "__init__": {"axes", "statistics", "reference"},
-    "axes": set(),
-    "statistics": {"axes"},
-    "reference": {"axes", "statistics"},
-    "functional": {"axes", "statistics", "reference", "kernels"},
-    "nn": {"axes", "statistics", "reference", "functional"},
-    "kernels.__init__": set(),
-    "kernels.lanes": set(),
-    "kernels.cpu": {"axes", "statistics", "kernels", "kernels.lanes"},
-    "kernels.gpu": {"axes", "statistics", "kernels"},
-    "distributed": {"axes", "statistics"},
-    "fold.__init__": {"fold.methods", "fold.pair", "fold.traces"},
-    "fold.pair": set(),
-    "fold.methods": {"fold.pair"},
-    "fold.traces": {"fold.methods", "fold.pair"},
-    "book.datasets": set(),
-    "book.__init__": set(),
-    "book.colors": set(),
-    "book.explorer": {"axes", "statistics", "book.colors"},
-    "book.plotting": {"axes", "statistics", "book.colors"},
-}
-MAY_IMPORT_LATER = {
-    "functional": {"kernels.cpu", "kernels.gpu", "distributed"},
-    "nn": {"distributed"},
-}
-# Outside packages with a price, and the only modules that may import them.
-ONLY_IN = {
-    "triton": {"kernels.gpu"},
-    "numba": {"kernels.cpu", "kernels.lanes"},
-    "matplotlib": {"book.plotting"},
-    "sklearn": {"book.datasets"},
-    "skimage": {"book.datasets"},
-    "PIL": {"book.datasets", "book.plotting"},
-    "torch": {
-        "functional",
-        "nn",
-        "kernels.__init__",
-        "kernels.cpu",
-        "kernels.gpu",
-        "distributed",
-        "fold.__init__",
-        "fold.pair",
-        "fold.methods",
-        "fold.traces",
-    },
-}
 PUBLIC = {
     "Cache",
     "Grads",
@@ -83,68 +37,58 @@ def module_name(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-def imported(tree):
-    """All (dotted name, at top level?) that a module imports, type checking included."""
-    top = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import: write `from bnlib...`"
-            names = [node.module]
-            if node.module in ("bnlib", "bnlib.kernels"):
-                folder = PACKAGE.parent / node.module.replace(".", "/")
-                inside = [a.name for a in node.names if (folder / f"{a.name}.py").exists()]
-                names = [f"{node.module}.{name}" for name in inside]
-                if len(inside) < len(node.names):
-                    names.append(node.module)
-        else:
-            continue
-        for name in names:
-            yield name, id(node) in top
+# --- Who may import whom: pyproject.toml says it, import-linter and ruff check it -----------------
 
 
-def import_problems(source, name):
-    if name not in MAY_IMPORT:
-        return [f"bnlib.{name} is not in the table of this test: say what it may import"]
-    problems = []
-    for target, at_top in imported(ast.parse(source)):
-        first, _, rest = target.partition(".")
-        if first == "bnlib":
-            allowed = MAY_IMPORT[name] | (set() if at_top else MAY_IMPORT_LATER.get(name, set()))
-            if rest not in allowed:
-                problems.append(f"bnlib.{name} may not import {target}")
-        elif name not in ONLY_IN.get(first, {name}):
-            problems.append(f"bnlib.{name} may not import {target}")
-    return problems
+def floors(folder):
+    """What import-linter says of the package in a folder, and whether it passes."""
+    program = "from importlinter.cli import lint_imports_command as main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--no-cache"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_imports(path):
-    assert import_problems(path.read_text(), module_name(path)) == []
+def test_every_module_knows_only_those_below_it(tmp_path):
+    assert floors(ROOT) == (True, ANY)
+    shutil.copytree(PACKAGE, tmp_path / "bnlib")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for module, line in (
+        ("axes", "from bnlib.statistics import merge"),
+        ("reference", "def f():\n    import torch"),
+        ("functional", "from bnlib.book.plotting import use_style"),
+        ("kernels/base", "from bnlib.kernels import cpu"),
+    ):
+        path = tmp_path / "bnlib" / f"{module}.py"
+        source = path.read_text()
+        path.write_text(f"{source}\n{line}\n")
+        passes, said = floors(tmp_path)
+        path.write_text(source)
+        assert not passes and "BROKEN" in said, said
+    (tmp_path / "bnlib" / "kernels" / "newcomer.py").touch()
+    assert "newcomer" in floors(tmp_path)[1]
 
 
 @pytest.mark.parametrize(
-    ("name", "source"),
+    ("module", "line", "allowed"),
     [
-        ("axes", "from bnlib.statistics import merge"),
-        ("axes", "from bnlib import statistics"),
-        ("statistics", "import torch"),
-        ("reference", "def f():\n    import torch"),
-        ("reference", "import matplotlib.pyplot as plt"),
-        ("fold.pair", "import bnlib.reference"),
-        ("functional", "from bnlib.kernels import gpu"),
-        ("functional", "from triton import language"),
-        ("nn", "from bnlib.book.plotting import use_style"),
-        ("newcomer", ""),
+        ("bnlib/functional.py", "from triton import language", False),
+        ("bnlib/kernels/cpu/launch.py", "import numba", True),
+        ("bnlib/nn.py", "def f():\n    import matplotlib.pyplot", False),
+        ("bnlib/axes.py", "from .statistics import merge", False),
+        ("tests/test_axes.py", "import numba", True),
     ],
 )
-def test_import_rule_can_fail(name, source):
-    assert import_problems(source, name)
-
-
-def test_import_rule_allows_the_kernels_inside_a_function():
-    assert import_problems("def f():\n    from bnlib.kernels import gpu", "functional") == []
+def test_dear_packages_have_one_place(module, line, allowed):
+    arguments = ["check", "--select", "TID", "--stdin-filename", module, "-"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments], cwd=ROOT, input=f"{line}\n", text=True
+    )
+    assert (done.returncode == 0) is allowed
 
 
 # --- Only axes.py writes axes or broadcasting shapes by hand --------------------------------------

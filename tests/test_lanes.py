@@ -1,4 +1,4 @@
-"""bnlib.kernels.lanes: every operation against NumPy, at and beyond the end of an array."""
+"""bnlib.kernels.cpu.lanes: every operation against NumPy, at and beyond the end of an array."""
 
 import platform
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bnlib.kernels.lanes import (
+from bnlib.kernels.cpu.lanes import (
     as_stored,
     at_least,
     fetch,
