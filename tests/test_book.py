@@ -23,7 +23,7 @@ from bnlib.book.colors import AXIS_COLORS
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
-CHAPTERS = sorted(p for p in BOOK.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+CHAPTERS = sorted(p for p in BOOK.glob("*/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 SECTIONS = [
     "What you will be able to do",
     "Prerequisites",
@@ -509,7 +509,7 @@ def pages():
 
 def test_contents():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    assert contents_problems(toc, pages()) == []
+    assert contents_problems(toc, pages() - {"book/template"}) == []
 
 
 @pytest.mark.parametrize("files", [{"a"}, {"a", "b", "c"}, {"a", "x"}])
