@@ -137,6 +137,21 @@ def test_axes_by_hand_are_found(source):
     assert by_hand(f'def f():\n    """{source}"""\n    # {source}\n') == []
 
 
+def test_no_module_is_hidden_by_a_function_of_its_name():
+    program = (
+        "import bnlib, importlib, pkgutil, sys\n"
+        "for found in pkgutil.walk_packages(bnlib.__path__, 'bnlib.'):\n"
+        "    try:\n"
+        "        module = importlib.import_module(found.name)\n"
+        "    except ImportError:  # no Triton for this platform\n"
+        "        continue\n"
+        "    folder, _, name = found.name.rpartition('.')\n"
+        "    assert getattr(sys.modules[folder], name) is module, found.name\n"
+        "print(found.name)"
+    )
+    assert python(program) == "bnlib.statistics"  # the last of them
+
+
 # --- The public names -----------------------------------------------------------------------------
 
 
