@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from bnlib.kernels import load
 from bnlib.kernels.base import inverse_std, move_running
 from bnlib.kernels.choose import BACKENDS, choose
 from bnlib.kernels.tensors import check_count, check_layer, check_plain, in_memory, is_plain
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def batch_norm(
@@ -30,7 +27,7 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
-    process_group: ProcessGroup | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Normalise every channel of a tensor, and add a residual and apply ReLU in the same pass.

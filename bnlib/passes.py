@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from bnlib.kernels.base import Kernels, inverse_std, move_running
 from bnlib.kernels.tensors import channels_are_neighbours
 from bnlib.statistics import Moments
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class Forward(NamedTuple):
@@ -47,7 +44,7 @@ def forward(
     eps: float,
     relu: bool,
     keep_mask: bool,
-    group: ProcessGroup | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     *,
     trusted: bool = False,
 ) -> Forward:
@@ -108,7 +105,7 @@ def backward(
     need_x: bool,
     need_sums: bool,
     need_residual: bool,
-    group: ProcessGroup | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
     *,
     trusted: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
