@@ -19,10 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
-from alt_text import alt_problem
 from bs4 import BeautifulSoup
 from epub import LANGUAGE, mend_page
-from repository import downloads
+from website import downloads
+from words import alt_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = "{http://www.w3.org/1999/xhtml}"

