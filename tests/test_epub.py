@@ -216,7 +216,7 @@ def test_manifest_check_can_fail(files):
     assert wrong_manifest({**files, "more.png": b""})
     assert wrong_manifest({name: data for name, data in files.items() if name != "cover.png"})
     assert wrong_manifest(package(' properties="mathml"', ""))
-    assert wrong_manifest(package('<itemref idref="nav"', '<itemref idref="none"'))
+    assert wrong_manifest(package('<itemref idref="', '<itemref idref="none-'))
 
 
 def test_epubcheck_finds_nothing(epub, tmp_path):

@@ -7,9 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from .far_blocks import put_off
-from .pages import mend_page, mend_pictures, replace_all
-from .styles import (
+from tools.lean.far_blocks import put_off
+from tools.lean.pages import mend_page, mend_pictures, replace_all
+from tools.lean.styles import (
     drop_unused_variables,
     icon_fonts,
     katex_characters,
