@@ -40,6 +40,7 @@ book: $(STAMP)  ## build the book as HTML, warnings are errors
 	$(SAY) "Building the book"
 	@rm -rf _build
 	@$(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going
+	@$(PY) -m tools.lean _build/html
 	$(SAY) "Open $(CURDIR)/_build/html/index.html"
 
 offline: book  ## make one zip of the book that needs no network, and an EPUB

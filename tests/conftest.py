@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "book" / "_ext"))
+sys.path += [str(ROOT), str(ROOT / "book" / "_ext")]
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -35,6 +35,9 @@ def build(factory, builder, *options, to="site", **environment):
                 text=True,
             )
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            if builder == "html":
+                light = [sys.executable, "-m", "tools.lean", str(out / "_build" / "html")]
+                subprocess.run(light, cwd=ROOT, check=True)
             (out / f"{builder}.done").touch()
     return out / "_build" / builder
 

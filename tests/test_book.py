@@ -14,10 +14,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from alt_text import alt_problem
 from bs4 import BeautifulSoup
-from greek_search import LETTERS
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from words import LETTERS, alt_problem
 
 from bnlib.book.colors import AXIS_COLORS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import katex_build
 import pytest
 import sphinxcontrib.katex as katex
-from alt_text import alt_problem
-from axis_colors import color_comments, color_math
+from axes import color_comments, color_math
+from words import alt_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 N, C, H, W = (rf"{{\htmlClass{{axis-{a.lower()}}}{{{a}}}}}" for a in "NCHW")

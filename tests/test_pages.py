@@ -17,11 +17,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from alt_text import alt_problem
 from axe_playwright_python.sync_playwright import Axe
-from line_breaks import glued
 from PIL import Image
 from test_plotting import contrast
+from words import alt_problem, glued
 
 from bnlib.book.colors import PAGE
 from bnlib.book.plotting import INK

@@ -6,18 +6,20 @@ import gzip
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
-import lean_pages
 import pytest
 from bs4 import BeautifulSoup
-from describe import LONGEST, shorten
-from far_blocks import FIRST, MANY, put_off
 from PIL import Image, ImageChops
-from repository import colab_cell, settings
+from website import LONGEST, colab_cell, settings, shorten
+
+from tools.lean.far_blocks import FIRST, MANY, put_off
+from tools.lean.pages import mend_page, replace_all, spoken
+from tools.lean.styles import drop_unused_variables, purge, squeeze
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("offline", ROOT / "tools" / "offline.py")
@@ -44,7 +46,7 @@ def test_address_of_the_pages():
 PAGES = "https://some-one.github.io/axis-book/"
 GITHUB = "https://github.com/Some-One/axis-book"
 ADDRESSED = (
-    "link[rel=canonical], [property='og:url'], [property='og:image'], [name='twitter:card'], "
+    "link[rel=canonical], [property^='og:'], [name='twitter:card'], "
     ".colab, .dropdown-launch-buttons, .dropdown-source-buttons, .btn-source-issues-button"
 )
 
@@ -77,6 +79,8 @@ def test_with_an_address_every_link_leads_to_this_page(published, name):
 
     tags = {m["property"]: m["content"] for m in page.select("meta[property]")}
     assert tags["og:url"] == f"{PAGES}{name}.html"
+    assert page.title.text.startswith(tags["og:title"])
+    assert tags["og:type"] == "article"
     assert tags["og:site_name"] == "Batch Normalization, Axis by Axis"
     assert tags["og:description"] == page.select_one("meta[name=description]")["content"]
     assert tags["og:image"].startswith(PAGES)
@@ -94,8 +98,10 @@ def test_with_an_address_there_are_a_site_map_a_page_for_the_lost_and_a_url_to_c
     assert {address.removeprefix(PAGES) for address in listed} == written
     assert f"Sitemap: {PAGES}sitemap.xml" in (published / "robots.txt").read_text()
     lost = soup(published / "404.html")
-    assert lost.base["href"] == "/axis-book/"
-    assert lost.select_one("article a")["href"] == "book/intro.html"
+    assert lost.select_one("article a")["href"] == "/axis-book/"
+    named = [tag.get("href") or tag.get("src") for tag in lost.select("[href], script[src]")]
+    # It is served in the place of any missing page: a relative link would lead nowhere.
+    assert [name for name in named if not re.match(r"/axis-book/|https:|data:|#", name)] == []
     assert f"{{{PAGES}}}" in soup(published / "book" / "intro.html").select_one("#cite-this").text
 
 
@@ -142,7 +148,6 @@ def test_descriptions_are_plain_and_all_different(site):
         (text,) = [m["content"] for m in html.select("meta[name=description]")]
         assert 30 < len(text) <= LONGEST + 40, (page.name, text)
         assert not re.search(r"[\\$<>]|\{", text), (page.name, text)
-        assert html.select_one("meta[property='og:title']")["content"]
         found[page.name] = text
     assert len(set(found.values())) == len(found), found
 
@@ -182,6 +187,14 @@ def test_text_for_screen_readers_alone_takes_no_room():
 # --- Lean files -----------------------------------------------------------------------------------
 
 
+def test_what_is_light_is_refused(site):
+    """A second pass would lose the scripts and say what is hidden twice."""
+    command = [sys.executable, "-m", "tools.lean", str(site)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "build the book anew" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_style_and_script_are_small(site):
     files = [*(site / "_static").glob("book.*.css"), *(site / "_static").glob("book.*.js")]
     assert len(files) == 2
@@ -195,9 +208,9 @@ def test_code_has_no_element_for_plain_words(site):
 
 
 def test_change_in_the_theme_is_an_error():
-    assert lean_pages.replace_all("a b a", "a", "c", "x") == "c b c"
+    assert replace_all("a b a", "a", "c", "x") == "c b c"
     with pytest.raises(ValueError, match="expected 'z' in the script"):
-        lean_pages.replace_all("a b", "z", "c", "the script")
+        replace_all("a b", "z", "c", "the script")
 
 
 def test_purge_keeps_what_can_match_and_nothing_else():
@@ -205,7 +218,7 @@ def test_purge_keeps_what_can_match_and_nothing_else():
       a[href=".zip"]:hover::after { content: "{;}" }  .a:not(.gone) { top: 0 }
       @media print { .b { top: 1px } .gone { top: 2px } } @media screen { .gone { top: 0 } }
       @font-face { font-family: F; src: url(f.woff2) } .a:is(.x, .y) { left: 0 }"""
-    kept = lean_pages.squeeze(lean_pages.purge(css, {"a"}))
+    kept = squeeze(purge(css, {"a"}))
     assert ".a{color: red}" in kept
     assert 'content: "{;}"' in kept and ":not(.gone)" in kept and ".a:is(.x,.y)" in kept
     assert "@font-face" in kept
@@ -214,7 +227,7 @@ def test_purge_keeps_what_can_match_and_nothing_else():
 
 def test_unused_variables_go_and_used_ones_stay():
     css = ":root{--a:1px;--b:var(--c);--c:2px;--d:3px}p{top:var(--a)}"
-    left = lean_pages.drop_unused_variables(css, "getPropertyValue('--d')")
+    left = drop_unused_variables(css, "getPropertyValue('--d')")
     assert "--a:1px" in left and "--d:3px" in left
     assert "--b" not in left and "--c" not in left
 
@@ -224,19 +237,19 @@ def test_formula_keeps_the_full_stop_behind_it():
     formula = '<span class="math"><span class="katex">{}{}</span></span>'
     short = formula.format("", f'<span class="katex-html">{base}</span>')
     long = formula.format("", f'<span class="katex-html">{base * 2}</span>')
-    whole = lean_pages.mend_page(f"<p>{long}, {short} and {short}). {long}.</p>")
+    whole = mend_page(f"<p>{long}, {short} and {short}). {long}.</p>")
     assert whole == (
         f'<p>{long}, {short} and <span style="white-space:nowrap">{short}).</span> {long}.</p>'
     )
 
 
 def test_formula_in_words():
-    spoken = {
+    words = {
         "N, C": "N, C",
         r"\gamma\,r\,\mathrm{d}x": "gamma r dx",
         r"1/\sqrt{\sigma^2+1} = 10^{-5}": "1/sqrt(sigma^2+1) = 10^(-5)",
     }
-    assert {latex: lean_pages.spoken(latex) for latex in spoken} == spoken
+    assert {latex: spoken(latex) for latex in words} == words
 
 
 def test_one_style_sheet_one_script_and_few_files(site):

@@ -10,16 +10,15 @@ import zipfile
 from pathlib import Path
 from urllib.parse import quote
 
-import greek_search
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from cite_this import bibtex
 from PIL import Image, ImageChops
-from reading_time import minutes
 from test_pages import Visit, errors, inaccessible, overflow
 from test_plotting import contrast
+from website import bibtex
+from words import join, minutes
 
 ROOT = Path(__file__).resolve().parent.parent
 WHICH = "axes/which-axes"
@@ -274,7 +273,7 @@ def test_search_finds_symbols_and_names(site, browser, query, expected):
 
 def test_greek_letter_and_its_name_find_the_same_pages():
     index = {"ε": {"a"}, "varepsilon": {"b"}, "epsilon": {"c"}, "mean": {"d"}, "lambda": {"e"}}
-    greek_search.join(index)
+    join(index)
     assert index["ε"] == index["epsilon"] == {"a", "b", "c"}
     assert index["λ"] == index["lambda"] == {"e"}
     assert index["mean"] == {"d"} and "γ" not in index

@@ -12,30 +12,20 @@ from __future__ import annotations
 
 import html
 import io
-import os
-import re
-import time
-import uuid
 import zipfile
 from pathlib import Path, PurePosixPath
 
 import matplotlib
 from bs4 import BeautifulSoup, Comment, Tag
-from describe import first_paragraph
 from PIL import Image, ImageDraw, ImageFont
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.builders.epub3 import Epub3Builder
 from sphinx.config import Config
+from website import first_paragraph
 
 import bnlib
 
-LANGUAGE = "en-GB"
-RIGHTS = (
-    "Text, figures and stored outputs: Creative Commons Attribution 4.0 International, "
-    "https://creativecommons.org/licenses/by/4.0/. Code: BSD 3-Clause. "
-    "Images from other sources keep the licences that the credits in this book name."
-)
 ACCESSIBLE = (
     ("accessMode", "textual"),
     ("accessMode", "visual"),
@@ -51,7 +41,6 @@ ACCESSIBLE = (
         "Every figure has a description, every formula is MathML, and headings are in order.",
     ),
 )
-TYPES = {".xhtml": "application/xhtml+xml", ".png": "image/png", ".css": "text/css"}
 # The kinds of words in code that epub.css sets apart; the others become plain text.
 KINDS = {"c1", "sd", "k", "kc", "kn", "ow", "nb", "nf", "nc", "s1", "s2", "mi", "mf", "gp", "gt"}
 COVER = Path(__file__).parent.parent / "_static" / "axis-block.png"
@@ -60,7 +49,7 @@ COVER_ALT = "Digits and photographs as planes; the planes of one channel share a
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml" xmlns:epub="http://www.idpf.org/2007/ops" \
-lang="{language}" xml:lang="{language}">
+lang="{lang}" xml:lang="{lang}">
 <head>
 <title>{title}</title>
 <link rel="stylesheet" type="text/css" href="{root}epub.css"/>
@@ -73,28 +62,20 @@ lang="{language}" xml:lang="{language}">
 </html>
 """
 
-CONTAINER = """<?xml version="1.0" encoding="utf-8"?>
-<container version="1.0" xmlns="urn:oasis:names:tc:opendocument:xmlns:container">
-<rootfiles>
-<rootfile full-path="content.opf" media-type="application/oebps-package+xml"/>
-</rootfiles>
-</container>
-"""
-
 PACKAGE = """<?xml version="1.0" encoding="utf-8"?>
 <package xmlns="http://www.idpf.org/2007/opf" version="3.0" unique-identifier="id" \
-xml:lang="{language}">
+xml:lang="{lang}">
 <metadata xmlns:dc="http://purl.org/dc/elements/1.1/">
-<dc:identifier id="id">{identifier}</dc:identifier>
+<dc:identifier id="id">{id}</dc:identifier>
 <dc:title>{title}</dc:title>
-<dc:language>{language}</dc:language>
+<dc:language>{lang}</dc:language>
 <dc:creator>{author}</dc:creator>
 <dc:description>{description}</dc:description>
-<dc:rights>{rights}</dc:rights>
-<meta property="dcterms:modified">{modified}</meta>
+<dc:rights>{copyright}</dc:rights>
+<meta property="dcterms:modified">{date}</meta>
 <meta property="schema:version">{version}</meta>
 {accessible}
-<meta name="cover" content="cover-image"/>
+<meta name="cover" content="{cover}"/>
 </metadata>
 <manifest>
 {manifest}
@@ -212,7 +193,6 @@ class BookEpub(Epub3Builder):
     """Sphinx's builder for the text; its own pages, package document and zip file."""
 
     def init(self) -> None:
-        self.config.epub_show_urls = "no"
         super().init()
         self.pages: dict[str, Tag] = {}
 
@@ -249,7 +229,7 @@ class BookEpub(Epub3Builder):
 
     def contents(self) -> dict[str, bytes | str]:
         """Every file of the EPUB, the type first."""
-        title, author = str(self.config.html_title), self.config.author
+        title, author = self.config.epub_title, self.config.author
         chapters = [name for _, names in self.parts() for name in names]
         pictures: dict[bytes, str] = {}
         for source, name in self.images.items():
@@ -274,15 +254,18 @@ class BookEpub(Epub3Builder):
         }
         files.update({f"{self.imagedir}/{name}": data for data, name in pictures.items()})
         return {
-            "mimetype": "application/epub+zip",
-            "META-INF/container.xml": CONTAINER,
+            "mimetype": self.template("mimetype"),
+            "META-INF/container.xml": self.template("container.xml"),
             "content.opf": self.package(files, ["cover", "nav", *chapters]),
             **files,
         }
 
     def page(self, name: str, title: str, body: str) -> str:
         return PAGE.format(
-            language=LANGUAGE, title=html.escape(title), root="../" * name.count("/"), body=body
+            lang=self.config.epub_language,
+            title=html.escape(title),
+            root="../" * name.count("/"),
+            body=body,
         )
 
     def navigation(self) -> str:
@@ -305,10 +288,11 @@ class BookEpub(Epub3Builder):
             )
         return f'<nav epub:type="toc"><h1>Contents</h1><ol>{"".join(lines)}</ol></nav>'
 
-    def package(self, files: dict[str, bytes | str], spine: list[str]) -> str:
-        def identity(name: str) -> str:
-            return re.sub(r"\W", "-", PurePosixPath(name).with_suffix("").as_posix())
+    def template(self, name: str) -> bytes:
+        return (Path(self.template_dir) / name).read_bytes()
 
+    def package(self, files: dict[str, bytes | str], spine: list[str]) -> str:
+        """The package document; Sphinx's says neither what holds MathML nor what is accessible."""
         manifest = []
         for name, data in files.items():
             properties = [
@@ -320,37 +304,33 @@ class BookEpub(Epub3Builder):
                 )
                 if holds
             ]
-            which = "cover-image" if name == "cover.png" else identity(name)
             extra = f' properties="{" ".join(properties)}"' if properties else ""
-            kind = TYPES[PurePosixPath(name).suffix]
-            manifest.append(f'<item id="{which}" href="{name}" media-type="{kind}"{extra}/>')
-        when = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()))
-        title = str(self.config.html_title)
+            kind = self.media_types[PurePosixPath(name).suffix]
+            manifest.append(
+                f'<item id="{self.make_id(name)}" href="{name}" media-type="{kind}"{extra}/>'
+            )
+        front = self.env.get_doctree(self.config.root_doc)
+        self.config.epub_description = first_paragraph(front)
         return PACKAGE.format(
-            language=LANGUAGE,
-            # The same book keeps its name in a reader's library from one edition to the next.
-            identifier=uuid.uuid5(uuid.NAMESPACE_URL, title).urn,
-            title=html.escape(title),
-            author=html.escape(self.config.author),
-            description=html.escape(first_paragraph(self.env.get_doctree(self.config.root_doc))),
-            rights=html.escape(RIGHTS),
-            modified=time.strftime("%Y-%m-%dT%H:%M:%SZ", when),
-            version=bnlib.__version__,
+            **self.content_metadata(),
+            cover=self.make_id("cover.png"),
             accessible="\n".join(
                 f'<meta property="schema:{key}">{html.escape(text)}</meta>'
                 for key, text in ACCESSIBLE
             ),
             manifest="\n".join(manifest),
-            spine="\n".join(f'<itemref idref="{identity(name)}"/>' for name in spine),
+            spine="\n".join(
+                f'<itemref idref="{self.make_id(f"{name}.xhtml")}"/>' for name in spine
+            ),
         )
 
 
-def set_version(app: Sphinx, config: Config) -> None:
-    """The book carries the library's number; without one Sphinx warns."""
-    config.version = bnlib.__version__
+def configure(app: Sphinx, config: Config) -> None:
+    """The book has one title, and carries the library's number; without one Sphinx warns."""
+    config.epub_title, config.version = config.html_title, bnlib.__version__
 
 
 def setup(app: Sphinx) -> dict:
-    app.connect("config-inited", set_version)
+    app.connect("config-inited", configure)
     app.add_builder(BookEpub, override=True)
     return {"parallel_read_safe": True, "parallel_write_safe": False}

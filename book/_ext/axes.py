@@ -1,16 +1,25 @@
-"""Colour the letters N, C, H, W wherever they mean the four axes of a batch of images.
+"""The four axes of a batch of images: N, C, H, W in their colours, and the figure to touch.
 
 In mathematics a standing-alone letter becomes ``{\\htmlClass{axis-n}{N}}``; in the comments of
 Python code it becomes ``<span class="axis-n">N</span>``. The colours are in `book.css`, and in
-`epub.css`: it serves the builders ``html`` and ``epub``.
+`epub.css`. The directive ``axis-explorer`` puts the figure of `bnlib.book.explorer` into a Markdown
+page; `epub.py` drops its script, which leaves the table inside.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
+from docutils import nodes
+from docutils.parsers.rst import directives
+from pygments.formatters import HtmlFormatter
 from sphinx.application import Sphinx
 from sphinx.highlighting import PygmentsBridge
+from sphinx.util.docutils import SphinxDirective
+
+from bnlib.book.explorer import axis_explorer
 
 AXES = "NCHW"
 
@@ -53,14 +62,38 @@ def color_comments(html: str) -> str:
     return _COMMENT_SPAN.sub(wrap, html)
 
 
+class ColoredComments(HtmlFormatter):
+    def wrap(self, source: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+        return super().wrap((kind, color_comments(line)) for kind, line in source)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+class ExplorerDirective(SphinxDirective):
+    """The options are the arguments of :func:`bnlib.book.explorer.axis_explorer`."""
+
+    option_spec: ClassVar = {
+        "norm": directives.unchanged,
+        "shape": _numbers,
+        "groups": int,
+        "at": _numbers,
+        "photo": directives.flag,
+    }
+
+    def run(self) -> list[nodes.Node]:
+        options = dict(self.options)
+        if "photo" in options:
+            options["photo"] = True
+        try:
+            html = axis_explorer(**options)._repr_html_()
+        except ValueError as problem:
+            raise self.error(str(problem)) from problem
+        return [nodes.raw("", html, format="html")]
+
+
 def setup(app: Sphinx) -> dict:
-    original = PygmentsBridge.highlight_block
-
-    def highlight_block(self, source, lang, *args, **kwargs):
-        html = original(self, source, lang, *args, **kwargs)
-        return color_comments(html) if self.dest == "html" else html
-
-    highlight_block.colors_axes = True  # type: ignore[attr-defined]
-    if not getattr(original, "colors_axes", False):
-        PygmentsBridge.highlight_block = highlight_block  # type: ignore[method-assign]
+    PygmentsBridge.html_formatter = ColoredComments
+    app.add_directive("axis-explorer", ExplorerDirective)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
