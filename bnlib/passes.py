@@ -54,34 +54,33 @@ def forward(
     """
     mask = kernels.empty_mask(x) if keep_mask else None
     fused = (residual, relu, mask)
-    batch: Moments | None = None
-    if training and group is None:
+    if not training:
+        assert running_mean is not None and running_var is not None  # the caller has seen to it
+        mean, var = _widen(running_mean), _widen(running_var)
+        y, inv_std = kernels.inv_std_and_normalize(
+            x, mean, var, weight, bias, eps, *fused, trusted=trusted
+        )
+        return Forward(y, mean, inv_std, mask, None)
+    if group is None:
         assert not callable(momentum)
         y, batch, inv_std = kernels.moments_and_normalize(
             x, weight, bias, eps, *fused,
             running_mean=running_mean, running_var=running_var, momentum=momentum, trusted=trusted,
         )  # fmt: skip
         return Forward(y, batch.mean, inv_std, mask, batch)
-    if training:
-        from bnlib.distributed import sync_moments
+    from bnlib.distributed import sync_moments
 
-        batch = sync_moments(kernels.moments(x, trusted=trusted), group)
-        if batch.count == 1:
-            raise ValueError(
-                "expected more than 1 value per channel over all ranks in training, got 1"
-            )
-        mean, inv_std = batch.mean, inverse_std(batch, eps)
-    else:
-        assert running_mean is not None and running_var is not None  # the caller has seen to it
-        mean = _widen(running_mean)
-        inv_std = torch.rsqrt(_widen(running_var) + eps)
+    batch = sync_moments(kernels.moments(x, trusted=trusted), group)
+    if batch.count == 1:
+        raise ValueError("expected more than 1 value per channel over all ranks in training, got 1")
+    inv_std = inverse_std(batch, eps)
     y = kernels.normalize(
-        x, mean, inv_std, weight, bias, residual=residual, relu=relu, mask=mask, trusted=trusted
-    )
-    if batch is not None:
-        weight_of_batch = momentum(batch.count) if callable(momentum) else momentum
-        move_running(running_mean, running_var, batch, weight_of_batch)
-    return Forward(y, mean, inv_std, mask, batch)
+        x, batch.mean, inv_std, weight, bias,
+        residual=residual, relu=relu, mask=mask, trusted=trusted,
+    )  # fmt: skip
+    weight_of_batch = momentum(batch.count) if callable(momentum) else momentum
+    move_running(running_mean, running_var, batch, weight_of_batch)
+    return Forward(y, batch.mean, inv_std, mask, batch)
 
 
 def as_masked(kernels: Kernels, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,9 +1,9 @@
-"""The face of every tier: six entries, documented, checked and composed once.
+"""The face of every tier: seven entries, documented, checked and composed once.
 
-Four primitives are those of :mod:`bnlib.reference`, for torch tensors and with what a layer
-``relu(bn(x) + residual)`` fuses; two passes do two of them in one call, for data that is still in
-the cache. A tier brings the loops, the methods that begin with an underscore: they get tensors that
-have been checked, with the channels on axis 1, and none that is empty.
+The four primitives are those of :mod:`bnlib.reference`, for torch tensors and with what a layer
+``relu(bn(x) + residual)`` fuses. The three passes do two steps in one call, while the data is still
+in the cache. A tier brings the loops, the methods that begin with an underscore: they get tensors
+that have been checked, with the channels on axis 1, and none that is empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bnlib.statistics import Moments
 
 
 class Kernels:
-    """The six entries of one tier.
+    """The entries of one tier.
 
     In all of them x has shape (N, C, ...) or its channels on ``channel_axis``, any strides, and
     one of the tier's ``dtypes``; 16-bit is computed in float32. What has one value per channel has
@@ -146,7 +146,7 @@ class Kernels:
             )
         return _back(dx, channel_axis)
 
-    # --- The two passes: both steps of a channel while it is in the cache -------------------------
+    # --- The passes: forward in training, forward in evaluation, backward -------------------------
 
     def moments_and_normalize(
         self,
@@ -183,6 +183,36 @@ class Kernels:
         return fused(
             x, weight, bias, eps, residual, relu, mask, running_mean, running_var, momentum
         )
+
+    def inv_std_and_normalize(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        mask: Tensor | None = None,
+        *,
+        trusted: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the forward of evaluation needs: :meth:`normalize` by a given variance.
+
+        Args:
+            x, mean, weight, bias, residual, relu, mask: as there; the channels on axis 1.
+            var: σ², shape (C,).
+            eps: ε >= 0.
+
+        Returns:
+            ``(y, inv_std)`` with inv_std = 1/√(σ² + ε), shape (C,).
+        """
+        if not trusted:
+            self._check(x, residual=residual)
+            self._check_channels(x, mask, mean=mean, var=var, weight=weight, bias=bias)
+        fused = self._inv_std_and_normalize if x.numel() else self._composed_evaluation
+        return fused(x, mean, var, weight, bias, eps, residual, relu, mask)
 
     def grad_sums_and_input(
         self,
@@ -271,6 +301,24 @@ class Kernels:
         move_running(running_mean, running_var, batch, momentum)
         return y, batch, inv_std
 
+    def _inv_std_and_normalize(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        residual: Tensor | None,
+        relu: bool,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        inv_std = torch.rsqrt(var + eps)
+        y = self.normalize(
+            x, mean, inv_std, weight, bias, residual=residual, relu=relu, mask=mask, trusted=True
+        )
+        return y, inv_std
+
     def _grad_sums_and_input(
         self,
         dy: Tensor,
@@ -290,6 +338,7 @@ class Kernels:
         return dx, *sums
 
     _composed_forward = _moments_and_normalize
+    _composed_evaluation = _inv_std_and_normalize
     _composed_backward = _grad_sums_and_input
 
     def empty_like(self, x: Tensor) -> Tensor:
