@@ -62,7 +62,7 @@ def check_step(layer, call, dtype=torch.float32, layout="contiguous", shape=SMAL
 @needs_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("shape", REAL, ids=str)
+@pytest.mark.parametrize("shape", REAL if ON_GPU else REAL[-1:], ids=str)
 def test_real_sizes(shape, dtype, layout):
     layer = Layer(shape[1])
     check_step(layer, layer, dtype, layout, shape)
