@@ -1,15 +1,15 @@
-"""Measure batch norm on a GPU: first that the kernels are right, then how fast they are.
+"""Measure how fast batch norm is on a GPU; tests/gpu asks whether it is right.
 
 One command, under eight minutes, no network, from a bare checkout:
 
     python benchmarks/gpu.py
 
-It needs three packages that this Python can import: torch (with CUDA), triton and numpy; it says
-which are missing. It writes book/data/gpu.csv (``--out`` for another file), one row per
-measurement, as they are made, and prints the rest: the copy and read bandwidths, determinism, which
-kernels ran, peak memory, a summary against what is wanted of the kernels, every wish that is not
-met, and the name of everything that there was no time to measure. What fails is named and left out,
-and the rest is measured; only a wrong result ends it.
+It needs four packages that this Python can import: torch (with CUDA), triton, numpy and
+array-api-compat; it says which are missing. It writes book/data/gpu.csv (``--out`` for another
+file), one row per measurement, as they are made, and prints the rest: the copy and read bandwidths,
+which kernels ran, peak memory, a summary against what is wanted of the kernels, every wish that is
+not met, and the name of everything that there was no time to measure. What fails is named and left
+out, and the rest is measured.
 
 ``--dry-run`` goes through all of it on the CPU with tiny shapes, the kernels in Triton's
 interpreter; its times mean nothing, and it writes only where ``--out`` says.
@@ -25,8 +25,8 @@ copy in the same run. A tensor that exceeds the L2 cache must be read once for t
 once again to be normalised; one that fits must be read once.
 
 torch.compile compiles for every shape anew, since code for all shapes is slower. That takes seconds
-each: other processes do it in advance, during the correctness pass, and leave the result in a cache
-on the disk; what they choose by timing is forgotten, and chosen again undisturbed.
+each: other processes do it in advance, and leave the result in a cache on the disk; what they
+choose by timing is forgotten, and chosen again undisturbed.
 
 The most wanted comes first: forward and backward of training, alone and with addition and ReLU, of
 all implementations and shapes. Then the other operations, then more of the whole network.
@@ -52,7 +52,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,9 +59,6 @@ sys.path.insert(0, str(ROOT))
 
 COLUMNS = ("date", "machine", "gpu", "driver", "torch", "triton", "op", "layout", "dtype")
 COLUMNS += ("n", "c", "h", "w", "impl", "median_us", "floor_us")
-# The shapes of ResNet-50's 53 batch norms: (C, H = W), and how many layers have it.
-RESNET50 = {(64, 112): 1, (64, 56): 6, (256, 56): 4, (128, 56): 1, (128, 28): 7, (512, 28): 5}
-RESNET50 |= {(256, 28): 1, (256, 14): 11, (1024, 14): 7, (512, 14): 1, (512, 7): 5, (2048, 7): 4}
 BATCHES = (256, 32)
 LAYOUTS = ("NCHW", "channels_last")
 OPS = (
@@ -113,10 +109,19 @@ def parse() -> argparse.Namespace:
         help="how long torch.compile may take in this process, besides",
     )
     parser.add_argument(
+        "--serial",
+        action="store_true",
+        help="time the library's former loop too, as bnlib_serial (needs --out: the book has no "
+        "place for it)",
+    )
+    parser.add_argument(
         "--machine",
         help="what to call the machine in the CSV (default: the GPU's name and the CPU's cores)",
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.serial and arguments.out is None:
+        parser.error("--serial needs --out")
+    return arguments
 
 
 def import_or_explain(dry_run: bool) -> None:
@@ -128,6 +133,7 @@ def import_or_explain(dry_run: bool) -> None:
         ("numpy", "numpy"),
         ("torch", "torch, with CUDA"),
         ("triton", "triton"),
+        ("array_api_compat", "array-api-compat"),
     ):
         try:
             __import__(module)
@@ -139,25 +145,6 @@ def import_or_explain(dry_run: bool) -> None:
 
     if not dry_run and not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: torch finds no CUDA device (--dry-run does without)")
-    try:
-        import array_api_compat  # noqa: F401
-    except ImportError:
-        sys.modules["array_api_compat"] = stand_in(torch)
-
-
-def stand_in(torch):
-    """What bnlib asks array-api-compat for, of torch: machines with a GPU seldom have it."""
-    xp = types.SimpleNamespace(
-        astype=lambda x, dtype, copy=True: x.to(dtype, copy=copy),
-        isdtype=lambda dtype, kind: {"real floating": dtype.is_floating_point}[kind],
-    )
-    info = types.SimpleNamespace(dtypes=lambda device, kind: {"float64": torch.float64})
-    xp.__array_namespace_info__ = lambda: info
-    for name in ("finfo", "float32", "mean", "reshape", "sqrt", "sum"):
-        setattr(xp, name, getattr(torch, name))
-    module = types.ModuleType("array_api_compat")
-    module.array_namespace = lambda *arrays: xp
-    return module
 
 
 def own_caches() -> None:
@@ -175,14 +162,15 @@ ARGS = parse()
 own_caches()
 import_or_explain(ARGS.dry_run)
 
+import serial  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from resnet50 import SHAPES, ResNet50  # noqa: E402
 
 import bnlib.nn  # noqa: E402
-from bnlib import functional, reference  # noqa: E402
-from bnlib.kernels import load  # noqa: E402
+from bnlib import functional  # noqa: E402
+from bnlib.kernels.gpu import kernels  # noqa: E402
 
-gpu = load("gpu")
 DEVICE = "cpu" if ARGS.dry_run else "cuda"
 ROUNDS = 1 if ARGS.dry_run else 9
 START = time.perf_counter()
@@ -216,6 +204,15 @@ def layer_bnlib(x, w, b, stats, training, residual):
     return functional.batch_norm(x, *stats, w, b, training, 0.1, EPS, **fused)
 
 
+def layer_serial(*arguments):
+    """The layer with the reduction that asks for a tile when it needs it, see serial.py."""
+    ours, kernels.moments_kernel = kernels.moments_kernel, serial.moments_kernel
+    try:
+        return layer_bnlib(*arguments)
+    finally:
+        kernels.moments_kernel = ours
+
+
 def layer_eager(x, w, b, stats, training, residual):
     y = torch.nn.functional.batch_norm(x, *stats, w, b, training, 0.1, EPS)
     return y if residual is None else torch.relu(y + residual)
@@ -232,6 +229,8 @@ def layer_copy(x, w, b, stats, training, residual):
 
 LAYERS = {"bnlib": layer_bnlib, "eager": layer_eager, "eager_nocudnn": layer_eager_nocudnn}
 LAYERS |= {"compile": layer_eager, "copy": layer_copy}  # compiled for every kind of tensor
+if ARGS.serial:
+    LAYERS["bnlib_serial"] = layer_serial
 
 
 class Inputs:
@@ -281,7 +280,7 @@ def call(name, layer, inputs, op):
 
 def warm_up(functions):
     """Call what will be timed, and wait: the first call compiles, and an error shows here."""
-    for function in functions[:1] + functions[:2]:
+    for function in functions[:1] if ARGS.dry_run else functions[:1] + functions[:2]:
         function()
     sync()
 
@@ -360,38 +359,35 @@ def compiled(function, **options):
 
 
 def compile_ahead():
-    """Start it; return a function that waits for the end, or for the time to be over."""
+    """Do it, until the end or until the time is over."""
     if ARGS.dry_run or ARGS.ahead_seconds <= 0:
-        return lambda until=0: None
+        return
     memory = torch.cuda.get_device_properties(0).total_memory
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 3, memory // (12 << 30)))
     try:
         pool = multiprocessing.get_context("spawn").Pool(workers)
     except OSError as error:  # a machine without shared memory, say
         say(f"nothing is compiled ahead: {brief(error)}")
-        return lambda until=0: None
+        return
     jobs = [(step_ahead, (layout,)) for layout in LAYOUTS]
     jobs += [(layer_ahead, (case, WANTED_OPS)) for case in cases()]
     jobs += [(layer_ahead, (case, ("eval",))) for case in cases()]
     results = [pool.apply_async(*job) for job in jobs]
 
-    def finish(until=ARGS.ahead_seconds):
-        while elapsed() < until and not all(r.ready() for r in results):
-            time.sleep(0.2)
-        done = [r for r in results if r.ready()]
-        errors = [error for error in (r.get() for r in done if r.successful()) if error]
-        errors += ["did not run" for r in done if not r.successful()]
-        pool.terminate()
-        pool.join()
-        # What was chosen by timing while others used the GPU is not to be trusted.
-        for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
-            path.unlink(missing_ok=True)
-        say(
-            f"{workers} processes compiled ahead: {len(done) - len(errors)} of {len(jobs)} jobs"
-            + "".join(f"\n  failed: {error}" for error in sorted(set(errors))[:5])
-        )
-
-    return finish
+    while elapsed() < ARGS.ahead_seconds and not all(r.ready() for r in results):
+        time.sleep(0.2)
+    done = [r for r in results if r.ready()]
+    errors = [error for error in (r.get() for r in done if r.successful()) if error]
+    errors += ["did not run" for r in done if not r.successful()]
+    pool.terminate()
+    pool.join()
+    # What was chosen by timing while others used the GPU is not to be trusted.
+    for path in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
+        path.unlink(missing_ok=True)
+    say(
+        f"{workers} processes compiled ahead: {len(done) - len(errors)} of {len(jobs)} jobs"
+        + "".join(f"\n  failed: {error}" for error in sorted(set(errors))[:5])
+    )
 
 
 def layer_ahead(case, ops):
@@ -427,300 +423,14 @@ def step_ahead(layout):
 def cases():
     """((C, H), dtype, layout, N) of every kind of tensor; shapes that differ most come first."""
     if ARGS.dry_run:
-        return list(itertools.product([(6, 7)], ["float32"], LAYOUTS, [4]))
+        return list(itertools.product([(2, 3)], ["float32"], LAYOUTS, [2]))
     first = [(256, 56), (2048, 7), (64, 112), (512, 28), (1024, 14)]
-    shapes = first + [shape for shape in RESNET50 if shape not in first]
+    shapes = first + [shape for shape in SHAPES if shape not in first]
     return list(itertools.product(shapes, DTYPES, LAYOUTS, BATCHES))
 
 
-# --- Are they right? ------------------------------------------------------------------------------
-
-
-def check():
-    """Compare all kernels on the device with float64; exit if one is wrong."""
-    shapes = [(4, 6, 7), (3, 5, 9)]
-    if not ARGS.dry_run:
-        shapes = [(32, c, h) for c, h in RESNET50] + [(256, 64, 56), (2, 3, 224), (1, 17, 31)]
-        shapes += [(5, 1023, 1), (64, 13, 2), (256, 512, 7), (2, 8, 1024)]
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-    worst = dict.fromkeys(DTYPES, 0.0)
-    count = 0
-    for (n, c, h), (name, dtype), layout, offset in itertools.product(
-        shapes, DTYPES.items(), LAYOUTS, (0.0, 1000.0)
-    ):
-        if offset and dtype != torch.float32:
-            continue
-        inputs = Inputs(n, c, h, dtype, layout, seed=n + c + h)
-        with torch.no_grad():
-            inputs.x += offset
-        for op in ("train_fwd_bwd", "add_relu_fwd_bwd", "eval"):
-            for stats in inputs.stats:
-                stats.fill_(1.0)
-            y = inputs.forward(layer_bnlib, op)
-            got = [y] if op == "eval" else [y, *inputs.backward(y, op)]
-            expected = expect(inputs, op, y)
-            for one, other in zip(got, expected, strict=True):
-                error = ((one.double() - other).norm() / other.norm()).item()
-                limit = tolerance[dtype] * (20 if offset else 1)
-                if not error <= limit:
-                    sys.exit(f"WRONG: {op} {(n, c, h)} {name} {layout} +{offset}: {error:.3g}")
-                worst[name] = max(worst[name], error if not offset else 0.0)
-                count += 1
-    say(f"{count} results agree with float64; worst relative errors " + str(worst))
-
-
-def expect(inputs, op, y):
-    """Output and gradients in float64; where ReLU cuts off is taken from ``y``."""
-    x, residual, dy = inputs.x.double(), inputs.residual.double(), inputs.dy.double()
-    w, b = inputs.w.double(), inputs.b.double()
-    if op == "eval":
-        ones = torch.ones_like(w)
-        running = {"running_mean": ones, "running_var": ones, "training": False}
-        return [reference.batch_norm_forward(x, w, b, **running, eps=EPS)[0]]
-    out, cache = reference.batch_norm_forward(x, w, b, eps=EPS)
-    if not op.startswith("add"):
-        return [out, *reference.batch_norm_backward(dy, cache)]
-    dy = torch.where(y > 0, dy, 0)
-    return [(out + residual).relu(), *reference.batch_norm_backward(dy, cache), dy]
-
-
-def check_large():
-    """A tensor of more than 2³¹ elements, looked at in its first, middle and last channel."""
-    if ARGS.dry_run or torch.cuda.mem_get_info()[0] < 40 << 30:
-        say("more than 2**31 elements: not checked, for lack of 40 GB of memory")
-        return
-    for shape in ((5, 2**19, 1024), (2**20 + 3, 2100)):
-        x = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
-        y = functional.batch_norm(x, None, None, training=True, backend="gpu")
-        (dx,) = torch.autograd.grad(y, x, x.detach())
-        for channel in (0, shape[1] // 2, shape[1] - 1):
-            one = x.detach()[:, channel : channel + 1].double()
-            wanted, cache = reference.batch_norm_forward(one, eps=EPS)
-            dwanted = reference.batch_norm_backward(one, cache).dx
-            error = (y[:, channel : channel + 1] - wanted).abs().max().item()
-            derror = (dx[:, channel : channel + 1] - dwanted).abs().max().item()
-            if not max(error, derror) < 0.05:
-                sys.exit(f"WRONG: {shape}, channel {channel}: {error:.3g}, {derror:.3g}")
-        del x, y, dx
-    torch.cuda.empty_cache()
-    say("tensors of more than 2**31 elements agree with float64")
-
-
-def check_determinism():
-    for layout in LAYOUTS:
-        shape = (2, 3, 5) if ARGS.dry_run else (64, 256, 56)
-        inputs = Inputs(*shape, torch.bfloat16, layout, seed=0)
-        runs = []
-        for _ in range(2 if ARGS.dry_run else 5):
-            y = inputs.forward(layer_bnlib, "add_relu_fwd_bwd")
-            runs.append([y, *inputs.backward(y, "add_relu_fwd_bwd")])
-        for run in runs[1:]:
-            if not all(map(torch.equal, runs[0], run)):
-                sys.exit(f"WRONG: two runs differ ({layout})")
-    say("the same input gives the same bits, every time")
-
-
-def near(what, got, expected, limit):
-    """Exit if ``got`` is farther from float64 than ``limit``, relative to the norm."""
-    error = (got.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-    if got.shape != expected.shape or not error <= limit:
-        sys.exit(f"WRONG: {what}: relative error {error:.3g}, at most {limit:.3g} expected")
-
-
-def near_mean(what, got, expected, limit):
-    """The same for means of data of deviation 1, which may happen to be next to 0."""
-    near(what, got.double() + 1, expected + 1, limit)
-
-
-def small(seed, dtype=torch.float32, layout="NCHW"):
-    return Inputs(*((4, 6, 7) if ARGS.dry_run else (32, 64, 56)), dtype, layout, seed)
-
-
-def check_primitives():
-    """The four primitives and the mask, one by one, with statistics that are not the batch's."""
-    limits = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-    for (name, dtype), layout in itertools.product(DTYPES.items(), LAYOUTS):
-        inputs = small(3, dtype, layout)
-        x, r, dy, w, b = (
-            t.detach() for t in (inputs.x, inputs.residual, inputs.dy, inputs.w, inputs.b)
-        )
-        xd, rd, dyd, wd, bd = (t.double() for t in (x, r, dy, w, b))
-        what, limit = f"{name} {layout}", limits[dtype]
-        for offset in (0.0, 1000.0) if dtype == torch.float32 else (0.0,):
-            got, expected = gpu.moments(x + offset), reference.moments((x + offset).double())
-            if got.count != expected.count:
-                sys.exit(f"WRONG: moments {what}: count {got.count}, not {expected.count}")
-            near_mean(f"mean {what} +{offset}", got.mean, expected.mean, 1e-6)
-            near(f"m2 {what} +{offset}", got.m2, expected.m2, 1e-5)
-        like = (w - 0.5, b + 0.5)  # a mean and an inv_std
-        liked = [v.double() for v in like]
-        plain = reference.normalize(xd, *liked, wd, bd)
-        near(f"normalize {what}", gpu.normalize(x, *like, w, b), plain, limit)
-        mask = gpu.empty_mask(x)
-        y = gpu.normalize(x, *like, w, b, residual=r, relu=True, mask=mask)
-        near(f"normalize, add, ReLU {what}", y, (plain + rd).relu(), limit)
-        positive = gpu.unpack_mask(mask, x)
-        # float16 turns the smallest positive numbers to 0.
-        if (positive != (plain + rd > 0)).double().mean() > 1e-4 or (y > 0)[~positive].any():
-            sys.exit(f"WRONG: mask {what}")
-        cut = torch.where(positive, dyd, 0)
-        for gradient, given in ((dyd, {}), (cut, {"mask": mask})):
-            sums = gpu.grad_sums(dy, x, *like, **given)
-            wanted = reference.grad_sums(gradient, xd, *liked)
-            size = gradient.shape[0] * gradient[0, 0].numel()
-            for one, other in zip(sums, wanted, strict=True):
-                near_mean(f"grad_sums {what}", one / size, other / size, 1e-5)
-            dx = gpu.grad_input(dy, x, *like, w, *sums, 1000, **given)
-            sums = [v.double() for v in sums]
-            wanted = reference.grad_input(gradient, xd, *liked, wd, *sums, 1000)
-            near(f"grad_input {what}", dx, wanted, limit)
-    say("each of the four primitives alone, and the mask, agree with float64")
-
-
-def check_running():
-    """The running statistics after 1, 2 and 10 steps on different data."""
-    for (name, dtype), layout in itertools.product(DTYPES.items(), LAYOUTS):
-        inputs = small(0, dtype, layout)
-        expected = [v.double() for v in inputs.stats]
-        for step in range(1, 11):
-            x = small(step, dtype, layout).x.detach() * (1 + step / 10) + step
-            functional.batch_norm(x, *inputs.stats, training=True, backend="gpu")
-            batch = reference.moments(x.double())
-            expected = reference.update_running_stats(*expected, batch, 0.1)
-            if step in (1, 2, 10):
-                what = f"{step} steps, {name} {layout}"
-                near_mean(f"running mean, {what}", inputs.stats[0], expected[0], 1e-5)
-                near(f"running variance, {what}", inputs.stats[1], expected[1], 1e-5)
-    say("the running statistics after 1, 2 and 10 steps agree with float64")
-
-
-class Layer(torch.nn.BatchNorm2d):
-    """A module that uses the GPU kernels whatever the device; its residual is the input."""
-
-    group = None
-
-    def forward(self, x):
-        stats = (self.running_mean, self.running_var)
-        options = {"residual": x, "activation": "relu", "process_group": self.group}
-        arguments = (*stats, self.weight, self.bias, True, 0.1, EPS)
-        return functional.batch_norm(x, *arguments, **options, backend="gpu")
-
-
-def check_layer(what, layer, forward, inputs, limit):
-    """A training step of a Layer, by ``forward``, against float64."""
-    x, dy = inputs.x.detach().requires_grad_(), inputs.dy
-    y = forward(x)
-    y.backward(dy.to(y.dtype))
-    xd, w, b = (t.detach().double() for t in (x, layer.weight, layer.bias))
-    out, cache = reference.batch_norm_forward(xd, w, b, eps=EPS)
-    cut = torch.where(y.detach() > 0, dy.double(), 0)
-    dx, dw, db = reference.batch_norm_backward(cut, cache)
-    near(f"{what}: output", y.detach(), (out + xd).relu(), limit)
-    near(f"{what}: dx", x.grad, dx + cut, limit)
-    near(f"{what}: dweight", layer.weight.grad, dw, limit)
-    near(f"{what}: dbias", layer.bias.grad, db, limit)
-    start = (torch.zeros_like(w), torch.ones_like(w))
-    running = reference.update_running_stats(*start, cache.moments, 0.1)
-    near_mean(f"{what}: running mean", layer.running_mean, running[0], 1e-5)
-    near(f"{what}: running variance", layer.running_var, running[1], 1e-5)
-
-
-def check_compile():
-    """torch.compile(fullgraph=True) of a module with bnlib's layer."""
-    for layout in LAYOUTS:
-        inputs = small(0, layout=layout)
-        layer = Layer(inputs.x.shape[1]).to(DEVICE)
-        check_layer(f"compile {layout}", layer, compiled(layer, fullgraph=True), inputs, 1e-5)
-    torch._dynamo.reset()
-    say("torch.compile(fullgraph=True) agrees with float64")
-
-
-def check_autocast():
-    """A convolution and the layer under autocast: 16 bits arrive, statistics are in float32."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if ARGS.dry_run and dtype == torch.float16:
-            continue
-        inputs = small(0)
-        c = inputs.x.shape[1]
-        conv = torch.nn.Conv2d(c, c, 3, padding=1, bias=False).to(DEVICE)
-        layer = Layer(c).to(DEVICE)
-        with torch.autocast(DEVICE, dtype):
-            z = conv(inputs.x)
-            y = layer(z)
-        if not z.dtype == y.dtype == dtype:
-            sys.exit(f"WRONG: autocast to {dtype}: {z.dtype} arrived, {y.dtype} left")
-        zd = z.detach().double()
-        out = reference.batch_norm_forward(zd, eps=EPS)[0]
-        near(f"autocast {dtype}", y.detach(), (out + zd).relu(), 1.6e-2)
-        running = reference.moments(zd)
-        near_mean(f"autocast {dtype}: running mean", layer.running_mean, running.mean / 10, 1e-5)
-        (y.float().sum() / 100).backward()
-        if not (conv.weight.grad.isfinite().all() and layer.weight.grad.dtype == torch.float32):
-            sys.exit(f"WRONG: autocast {dtype}: the gradients are not finite, or not float32")
-    say("autocast agrees with float64")
-
-
-def check_ddp():
-    """DistributedDataParallel and synchronised statistics, in a world of this process alone."""
-    dist = torch.distributed
-    if not dist.is_available():
-        say("DDP: not checked, this torch has no torch.distributed")
-        return
-    backend = "nccl" if DEVICE == "cuda" and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for group in (None, dist.group.WORLD):
-            inputs = small(0)
-            layer = Layer(inputs.x.shape[1]).to(DEVICE)
-            layer.group = group
-            ids = [torch.cuda.current_device()] if DEVICE == "cuda" else None
-            model = torch.nn.parallel.DistributedDataParallel(layer, device_ids=ids)
-            what = f"DDP, {backend}{'' if group is None else ', synchronised'}"
-            check_layer(what, layer, model, inputs, 1e-5)
-            del model
-    finally:
-        dist.destroy_process_group()
-    say(f"DDP, {backend}, a world of one, with and without synchronising: agrees with float64")
-
-
-def check_graph():
-    """A training step of the layer inside a CUDA graph, replayed with other data."""
-    if DEVICE == "cpu":
-        say("CUDA graphs: not checked, no CUDA")
-        return
-    op = "add_relu_fwd_bwd"
-    for layout in LAYOUTS:
-        first, second = (small(seed, torch.bfloat16, layout) for seed in (0, 1))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            first.backward(first.forward(layer_bnlib, op), op)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = first.forward(layer_bnlib, op)
-            got = [y, *first.backward(y, op)]
-        with torch.no_grad():
-            for name in ("x", "residual", "dy", "w", "b"):
-                getattr(first, name).copy_(getattr(second, name))
-            for one, other in zip(first.stats, second.stats, strict=True):
-                one.copy_(other)
-        for _ in range(3):
-            graph.replay()
-            y = second.forward(layer_bnlib, op)
-            expected = [y, *second.backward(y, op)]
-        torch.cuda.synchronize()
-        pairs = zip(got + first.stats, expected + second.stats, strict=True)
-        if not all(torch.equal(one, other) for one, other in pairs):
-            sys.exit(f"WRONG: a CUDA graph's replay differs from a call ({layout})")
-    say("a CUDA graph's replay gives what a call gives, forward, backward and running statistics")
-
-
 def attempt(checks):
-    """Run what the measurements can do without; return the errors, none of them a wrong result.
-
-    A wrong result ends the program; a machine without, say, a network for NCCL does not.
-    """
+    """Run what the measurements can do without; return the errors."""
     errors = []
     for one in checks:
         try:
@@ -802,63 +512,15 @@ def measure_configuration(write, copy_rate, layers, n, c, h, dtype, layout, ops)
     return "compile" in layers
 
 
-class Bottleneck(torch.nn.Module):
-    """Three convolutions with batch norm, and a shortcut (He et al., 2016)."""
-
-    def __init__(self, inside, width, stride):
-        super().__init__()
-        outside = 4 * width
-        self.conv1 = torch.nn.Conv2d(inside, width, 1, bias=False)
-        self.conv2 = torch.nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.conv3 = torch.nn.Conv2d(width, outside, 1, bias=False)
-        self.bn1, self.bn2, self.bn3 = map(torch.nn.BatchNorm2d, (width, width, outside))
-        self.down = None
-        if stride > 1 or inside != outside:
-            conv = torch.nn.Conv2d(inside, outside, 1, stride, bias=False)
-            self.down = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(outside))
-
-    def forward(self, x):
-        shortcut = x if self.down is None else self.down(x)
-        y = norm_relu(self.bn1, self.conv1(x))
-        y = norm_relu(self.bn2, self.conv2(y))
-        return norm_relu(self.bn3, self.conv3(y), shortcut)
-
-
-def norm_relu(bn, x, residual=None):
-    """Fused where the module can, else one after the other, as torchvision does."""
-    if isinstance(bn, bnlib.nn.BatchNorm2d):
-        return bn(x, residual, "relu")
-    y = bn(x)
-    return torch.nn.functional.relu(y if residual is None else y.add_(residual), inplace=True)
-
-
-class ResNet50(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn = torch.nn.BatchNorm2d(64)
-        blocks, inside = [], 64
-        for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
-            for i in range(count):
-                blocks.append(Bottleneck(inside, width, stride if i == 0 else 1))
-                inside = 4 * width
-        self.blocks = torch.nn.Sequential(*blocks)
-        self.fc = torch.nn.Linear(2048, 1000)
-
-    def forward(self, x):
-        x = torch.nn.functional.max_pool2d(norm_relu(self.bn, self.conv(x)), 3, 2, 1)
-        return self.fc(self.blocks(x).mean((2, 3)))
-
-
 def resnet50_step(name, layout, dtype):
     """Return a function that does a training step of the whole network."""
     n, side = RESNET50_BATCH
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    model = ResNet50().to(DEVICE, memory_format=memory)
+    model = ResNet50(width=4 if ARGS.dry_run else 64).to(DEVICE, memory_format=memory)
     norms = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    assert norms == sum(RESNET50.values())
+    assert norms == sum(SHAPES.values())
     if name == "bnlib":
         model = bnlib.nn.convert_batch_norm(model)
         assert sum(isinstance(m, bnlib.nn.BatchNorm2d) for m in model.modules()) == norms
@@ -932,7 +594,7 @@ def time_wall(calls):
 
 def print_host_overhead():
     """How long the host needs to queue one call: what a small layer costs without a CUDA graph."""
-    shape = (2, 3, 5) if ARGS.dry_run else (32, 512, 7)
+    shape = (2, 2, 3) if ARGS.dry_run else (32, 512, 7)
     inputs = Inputs(*shape, torch.bfloat16, "NCHW", seed=0)
     layers = {"bnlib": layer_bnlib, "eager": layer_eager}
     layers["bnlib, compiled"] = compiled(layer_bnlib, fullgraph=True)
@@ -941,7 +603,7 @@ def print_host_overhead():
             function = call(name, layer, inputs, "train_fwd_bwd")
             function()
             times = []
-            for _ in range(3 if ARGS.dry_run else 50):
+            for _ in range(1 if ARGS.dry_run else 50):
                 sync()
                 start = time.perf_counter()
                 function()
@@ -992,7 +654,7 @@ def print_summary(rows):
         if not cells:
             continue
         parts = []
-        for other in ("eager", "eager_nocudnn", "compile"):
+        for other in ("eager", "eager_nocudnn", "compile", "bnlib_serial"):
             ratios = [v[other][0] / v["bnlib"][0] for v in cells.values() if other in v]
             if ratios:
                 parts.append(f"{other} {statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f})")
@@ -1085,23 +747,12 @@ def main():
                 writer.writeheader()
             writer.writerow(row | numbers)
 
-    finish = compile_ahead()
-    try:
-        check()
-        check_primitives()
-        check_running()
-        check_determinism()
-        errors = attempt([check_compile, check_autocast, check_graph, check_ddp])
-    except BaseException:
-        finish(until=0)
-        raise
-    finish()
-    errors += attempt([check_large])
+    compile_ahead()
     copy_rate, read_rate = bandwidths()
     for impl, rate in (("copy", copy_rate), ("read", read_rate)):
         # A bandwidth as the other rows are, a time: that of 10⁹ bytes.
         write("bandwidth", "NCHW", "float32", 1, 1, 1, 1, impl, 1e9 / rate, 1e9 / rate)
-    errors += attempt([print_host_overhead])
+    errors = attempt([print_host_overhead])
     try:
         measure_resnet50(write, ("bnlib", "eager"), "bfloat16")
         say(f"the layers: {', '.join(WANTED_OPS)}")

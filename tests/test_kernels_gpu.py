@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnlib import functional, reference
+from bnlib import functional, modes, reference
 from bnlib.book.plotting import AXIS_COLORS, INK, use_style
 from bnlib.kernels import choose, load
 
@@ -74,19 +74,6 @@ def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
         assert choose.choose(on, "auto", plain=True) is expected
 
 
-# --- In the interpreter ---------------------------------------------------------------------------
-
-
-@needs_triton
-@pytest.mark.parametrize("file", ["kernels_gpu_interpreted.py", "test_compile.py"])
-def test_against_float64_in_the_interpreter(file):
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", "error")
-    code, said = python("-m", "pytest", *arguments, f"tests/{file}", TRITON_INTERPRET="1")
-    assert code == 0, said
-    skipped = r"(, \d+ skipped)?" if file == "test_compile.py" else ""  # without a C++ compiler
-    assert re.search(rf"^[1-9]\d* passed{skipped} in", said, re.MULTILINE), said
-
-
 # --- Compiled for a GPU ---------------------------------------------------------------------------
 
 POINTERS = {
@@ -97,16 +84,29 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 # Layers of ResNet-50, (N, C, H = W), so that every kernel, way to cut and width of loads is met;
-# whether channels are innermost; the bytes that a thread can load at once.
+# whether channels are innermost.
 CASES = [
-    ((256, 256, 56), torch.bfloat16, False, 16),
-    ((256, 256, 56), torch.float32, True, 16),
-    ((32, 2048, 7), torch.float16, True, 16),
-    ((32, 512, 28), torch.float32, False, 16),
-    ((32, 256, 14), torch.bfloat16, False, 8),  # rows of 196 elements: multiples of 4
-    ((256, 512, 7), torch.bfloat16, False, 2),  # rows of 49
-    ((32, 1023, 31), torch.bfloat16, True, 2),  # no layer of ResNet-50: an odd number of channels
+    ((256, 256, 56), torch.bfloat16, False),
+    ((256, 256, 56), torch.float32, True),
+    ((32, 2048, 7), torch.float16, True),
+    ((32, 512, 28), torch.float32, False),
+    ((32, 256, 14), torch.bfloat16, False),  # rows of 196 elements: multiples of 4
+    ((256, 512, 7), torch.bfloat16, False),  # rows of 49
+    ((32, 1023, 31), torch.bfloat16, True),  # no layer of ResNet-50: an odd number of channels
 ]
+# More of which the reductions are compiled; with the environment variable, all kernels of all.
+MORE = [
+    ((256, 64, 112), torch.float16, False),
+    ((256, 1024, 14), torch.float32, False),
+    ((256, 1024, 14), torch.float16, False),
+    ((256, 256, 56), torch.bfloat16, True),
+    ((256, 2048, 7), torch.float32, False),
+]
+if os.environ.get("EVERY_KERNEL") == "1":
+    layers = itertools.product((256, 32), ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7)))
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    every = itertools.product(((n, *layer) for n, layer in layers), dtypes, (False, True))
+    CASES, MORE = [*CASES, *every], []
 
 
 def launches(monkeypatch, layer, dtype, channels_last):
@@ -129,22 +129,25 @@ def launches(monkeypatch, layer, dtype, channels_last):
     gpu.moments_and_normalize(x, v, v, 1e-5, x, True, mask, **running)
     gpu.grad_sums_and_input(x, x, v, v, v, 2, mask=mask, dresidual=dresidual)
     given = [tuple(a is None for a in args) for args, _ in calls]
-    once = {(c[0][0].__name__, str(c[1]), g): c for c, g in zip(calls, given, strict=True)}
-    return list(once.values())
+    once = {(c[0][0].__name__, str(c[0][1]), g): c for c, g in zip(calls, given, strict=True)}
+    return [(*args[:2], args[2:], constants) for args, constants in once.values()]
 
 
-def compiled(kernel, grid, *args, warps=4, **blocks):
-    """Compile one launch for an H100 or H200, specialised as triton specialises it."""
+def compiled(kernel, plan, args, constants, folder):
+    """Return (registers, whether some were spilled, instructions) of one launch, for an H100 or
+    H200, specialised as triton specialises it; by the tools that it ships.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    values = dict(zip(kernel.arg_names, args, strict=False)) | blocks
-    signature, constants, attributes = {}, {}, {}
+    fixed = plan.blocks | constants
+    values = dict(zip(kernel.arg_names, (*args, *plan.sizes), strict=False)) | fixed
+    signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
-        if name in blocks or value is None:
-            signature[name], constants[(i,)] = "constexpr", value
+        if name in fixed or value is None:
+            signature[name], constexprs[(i,)] = "constexpr", value
             continue
         if isinstance(value, float):
             signature[name] = "fp32"
@@ -155,54 +158,129 @@ def compiled(kernel, grid, *args, warps=4, **blocks):
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             assert kernel.params[i].do_not_specialize
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": warps}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def machine_code(cubin, folder):
-    """Return (registers, bytes of stack, disassembly), by the tool that triton ships."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    target = GPUTarget("cuda", 90, 32)
+    cubin = triton.compile(source, target=target, options=plan.options).asm["cubin"]
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    said = [
-        subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
-        for option in ("-res-usage", "-sass")
-    ]
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", said[0])
-    return int(usage[1]), int(usage[2]), said[1]
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-res-usage", "-sass", path]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?) ;", said)
+    code = [(int(at, 16), instruction) for at, instruction in found]
+    spills = stack > 0 or any(what.startswith(("LDL", "STL")) for _, what in code)
+    return registers, spills, code
+
+
+def loop(code):
+    """Return the instructions of the loop that loads, from the target of its branch backwards."""
+    for i, (at, what) in enumerate(code):
+        target = re.match(r"BRA.*(0x[0-9a-f]+)", what)
+        if target and int(target[1], 16) < at:
+            body = [w for a, w in code[:i] if a >= int(target[1], 16)]
+            if any(w.startswith("LDG") for w in body):
+                return body
+    return []
+
+
+def groups(instructions):
+    """Return how many loads are issued before the first use of any of them, again and again."""
+    found, loaded = [0], set()
+    for what in instructions:
+        name, _, operands = what.partition(" ")
+        target, _, sources = operands.partition(", ")
+        if name.startswith("ST"):
+            sources = operands
+        read = set()
+        for register, wide in re.findall(r"\bR(\d+)\b(\.64)?", sources):
+            read |= {int(register), int(register) + bool(wide)}
+        if read & loaded:
+            found, loaded = [*found, 0], set()
+        if name.startswith("LDG"):
+            first = int(re.match(r"R(\d+)", target)[1])
+            length = {"64": 2, "128": 4}.get(name.split(".")[-1], 1)
+            loaded |= set(range(first, first + length))
+            found[-1] += 1
+    return [n for n in found if n]
+
+
+def test_groups_of_loads():
+    """What follows a load belongs to it until something reads what it brought."""
+    load, add = "LDG.E.128 R8, desc[UR4][R2.64]", "FADD R4, R5, R10"
+    more = "LDG.E R12, desc[UR4][R2.64+0x10]"
+    assert groups([load, more, add, "FADD R1, R12, R1"]) == [2]
+    assert groups([load, add, more, "STG.E desc[UR4][R6.64], R12", load]) == [1, 1, 1]
+    assert groups(["LDG.E.64 R2, desc[UR4][R6.64]", more]) == [1, 1]  # its address is loaded
+    code = list(enumerate(["BRA 0x9", load, more, add, "BRA 0x1", "EXIT", "BRA 0x6"]))
+    assert loop(code) == [load, more, add]
+
+
+WIDTHS = {1: ".U8", 2: ".U16", 4: "", 8: ".64", 16: ".128"}
+
+
+def widest(layer, dtype, channels_last):
+    """The bytes that a thread can load at once: those that rows, or channels, are multiples of."""
+    inner = layer[1] if channels_last else layer[2] ** 2
+    return min(16, (inner & -inner) * dtype.itemsize)
+
+
+def check(kernel, plan, args, constants, wide, folder):
+    """No register goes to memory, the loads are wide, and in flight together."""
+    name = kernel.__name__
+    registers, spills, code = compiled(kernel, plan, args, constants, folder)
+    threads = 32 * plan.options["num_warps"]
+    assert not spills, f"{name} spills"
+    assert registers * threads <= 65536, "not even one program fits on a multiprocessor"
+    if "BN" not in plan.blocks:
+        return  # merges a few numbers per channel
+    dtype, size = args[0].dtype, args[0].numel()
+    tensors = [t for t in args if isinstance(t, torch.Tensor)]
+    whole = [t for t in tensors if (t.dtype, t.numel()) == (dtype, size)]
+    stores = 0 if name in REDUCTIONS else 1 + (len(whole) == 4)  # with dresidual
+    tile = plan.blocks["BN"] * plan.blocks["BC"] * plan.blocks["BP"] * dtype.itemsize
+    times = max(tile // (threads * wide), 1)
+    loads = times * (len(whole) - stores)
+    for kind, least in (("LDG", loads), ("STG", times * stores)):
+        found = sum(w.split()[0] == f"{kind}.E{WIDTHS[wide]}" for _, w in code)
+        assert found >= least, f"{name}: {found} {kind} of {wide} bytes"
+    if name in REDUCTIONS:
+        assert 4 * registers * threads <= 65536, f"{name}: not all programs run at one time"
+        together = groups(loop(code))
+        assert len(together) == 1 and together[0] >= loads, f"{name}: loads in groups {together}"
+
+
+REDUCTIONS = ("moments_kernel", "grad_sums_kernel")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """What two layers need is compiled once; what an older commit has left is not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
 
 
 @needs_triton
-@pytest.mark.parametrize(("layer", "dtype", "channels_last", "wide"), CASES, ids=str)
-def test_compiles_without_spills_and_with_wide_loads(
-    monkeypatch, tmp_path, layer, dtype, channels_last, wide
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=str)
+def test_compiles_without_spills_and_with_wide_loads_in_flight_together(
+    monkeypatch, tmp_path, case
 ):
-    """For sm_90: no registers spilled to memory, loads and stores as wide as the layout allows."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    suffix = {2: ".U16", 4: "", 8: ".64", 16: ".128"}[wide]
-    for args, blocks in launches(monkeypatch, layer, dtype, channels_last):
-        kernel, _, *tensors = args
-        binary = compiled(*args, **blocks)
-        registers, stack, code = machine_code(binary.asm["cubin"], tmp_path)
-        assert stack == 0 and not re.search(r"\b(LDL|STL)\b", code), f"{kernel.__name__} spills"
-        threads = 32 * blocks.get("warps", 4)
-        assert registers * threads <= 65536, "not even one program fits on a multiprocessor"
-        if "BN" not in blocks:
-            continue  # merges a few numbers per channel
-        tile = blocks["BN"] * blocks["BC"] * blocks["BP"] * dtype.itemsize
-        times = max(tile // (threads * wide), 1)
-        whole = [t for t in tensors if isinstance(t, torch.Tensor) and t.dim() == 4]
-        whole = [t for t in whole if t.dtype == dtype]
-        stores = {"_moments_kernel": 0, "_grad_sums_kernel": 0}.get(kernel.__name__, 1)
-        stores += kernel.__name__ in ("_grad_input_kernel", "_backward_kernel") and len(whole) == 4
-        loads = len(whole) - stores
-        found = len(re.findall(rf"\bLDG\.E{re.escape(suffix)}(?![.\w])", code))
-        assert found >= times * loads, f"{kernel.__name__}: {found} loads of {wide} bytes"
-        found = len(re.findall(rf"\bSTG\.E{re.escape(suffix)}(?![.\w])", code))
-        assert found >= times * stores, f"{kernel.__name__}: {found} stores of {wide} bytes"
+    for launch in launches(monkeypatch, *case):
+        if case in CASES or launch[0].__name__ in REDUCTIONS:
+            check(*launch, widest(*case), tmp_path)
+
+
+@needs_triton
+def test_a_loop_that_waits_for_each_load_is_found(monkeypatch, tmp_path):
+    """The one that the benchmark keeps: it asks for a tile when it needs it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from serial import moments_kernel
+
+    case = CASES[0]
+    (launch,) = (x for x in launches(monkeypatch, *case) if x[0].__name__ == "moments_kernel")
+    with pytest.raises(AssertionError, match=r"loads in groups \[\d+, \d+"):
+        check(moments_kernel, *launch[1:], widest(*case), tmp_path)
 
 
 @needs_triton
@@ -210,9 +288,7 @@ def test_every_kernel_is_compiled(monkeypatch):
     from bnlib.kernels.gpu import kernels as device
 
     kernels = {name for name in vars(device) if name.endswith("_kernel")}
-    met = set()
-    for layer, dtype, channels_last, _ in CASES:
-        met |= {args[0].__name__ for args, _ in launches(monkeypatch, layer, dtype, channels_last)}
+    met = {launch[0].__name__ for case in CASES for launch in launches(monkeypatch, *case)}
     assert met == kernels and len(kernels) == 8
 
 
@@ -250,7 +326,7 @@ def test_no_number_travels_and_nothing_is_copied(monkeypatch, layout, shape, act
     launched = []
     monkeypatch.setattr(gpu, "supports", lambda x: True)
     monkeypatch.setattr(launch, "_launch", lambda kernel, *args, **kwargs: launched.append(kernel))
-    monkeypatch.setattr(functional, "_is_traced", lambda: False)  # the test itself records
+    monkeypatch.setattr(modes, "is_recorded", lambda: False)  # the test itself records
     x, residual = (torch.empty(shape, device="meta", memory_format=layout) for _ in range(2))
     x.requires_grad_(), residual.requires_grad_()
     w, b = (torch.empty(shape[1], device="meta", requires_grad=True) for _ in range(2))
@@ -273,19 +349,23 @@ def test_no_number_travels_and_nothing_is_copied(monkeypatch, layout, shape, act
 
 @needs_triton
 @pytest.mark.parametrize("reduce", [False, True])
-def test_a_plan_covers_every_tile_once(reduce):
+@pytest.mark.parametrize("reads", [1, 2])
+def test_a_plan_covers_every_tile_once(reads, reduce):
     from bnlib.kernels.gpu.plan import tiled
 
     shapes = [(1, 1, 1), (32, 64, 3136), (2, 3, 50_000_000), (10**9, 3, 1), (7, 10**6, 1)]
     for n, c, p in [*shapes, (1, 4, 2**30)]:
         for itemsize in (2, 4):
-            plan = tiled(n, c, p, itemsize, reduce)
+            plan = tiled(n, c, p, itemsize, reads, reduce)
+            *shape, tiles, per_program = plan.sizes
+            assert shape == [n, c, p]
             bn, bc, bp = (plan.blocks[name] for name in ("BN", "BC", "BP"))
-            assert plan.tiles == -(-n // bn) * -(-p // bp)
+            assert tiles == -(-n // bn) * -(-p // bp)
             assert plan.grid[0] * bc >= c > (plan.grid[0] - 1) * bc
-            used = plan.grid[1] * plan.per_program
-            assert used >= plan.tiles > used - plan.per_program  # no program without a tile
+            used = plan.grid[1] * per_program
+            assert used >= tiles > used - per_program  # no program without a tile
             assert plan.grid[1] <= (512 if reduce else 65535)
+            assert not reduce or plan.grid[0] * plan.grid[1] <= max(528, plan.grid[0])
             assert (bn - 1) * c * p + bc * p + bp < 2**31  # offsets inside a tile
 
 
@@ -308,23 +388,11 @@ CSV_HEADER = "date,machine,gpu,driver,torch,triton,op,layout,dtype,n,c,h,w,impl,
 
 @needs_triton
 def test_benchmark_dry_run(tmp_path):
-    """All of the benchmark but the GPU: it checks the kernels, times, and writes the CSV.
-
-    As on a machine that has torch, triton and NumPy only.
-    """
-    (tmp_path / "array_api_compat.py").write_text("raise ImportError")
-    arguments = ("benchmarks/gpu.py", "--dry-run", "--out", str(tmp_path / "gpu.csv"))
-    code, said = python(*arguments, PYTHONPATH=str(tmp_path))
+    """All of the benchmark but the GPU: it times, judges and writes the CSV."""
+    out = tmp_path / "gpu.csv"
+    code, said = python("benchmarks/gpu.py", "--dry-run", "--serial", "--out", str(out))
     assert code == 0, said
-    for checked in (
-        "results agree with float64",
-        "each of the four primitives alone, and the mask, agree with float64",
-        "running statistics after 1, 2 and 10 steps agree with float64",
-        "torch.compile(fullgraph=True) agrees with float64",
-        "autocast agrees with float64",
-        "DDP, gloo, a world of one, with and without synchronising: agrees with float64",
-    ):
-        assert checked in said
+    assert "not measured: resnet50_step" not in said, said
     assert re.search(r"host, train_fwd_bwd, bnlib, compiled: \d+ us", said), said
     # The interpreter's times say nothing, but the verdicts are about the numbers beside them.
     verdicts = re.findall(r"(met|UNMET): .* at least ([\d.]+) x .* float32: ([\d.]+) over 1", said)
@@ -334,41 +402,24 @@ def test_benchmark_dry_run(tmp_path):
     assert all(int(percent) >= 5 for percent in slower)
     assert f"slower than eager by more than 5 %: {len(slower)} of 14" in said
     assert "not measured: add_relu_fwd_bwd at least 1.0 x compile, NCHW bfloat16" in said
-    text = (tmp_path / "gpu.csv").read_text()
+    text = out.read_text()
     assert text.splitlines()[0] == CSV_HEADER
     rows = list(csv.DictReader(text.splitlines()))
     assert {row["machine"] for row in rows} == {"dry run"}
-    found = {(row["op"], row["layout"], row["impl"]) for row in rows if row["h"] == "7"}
+    found = {(row["op"], row["layout"], row["impl"]) for row in rows if row["h"] == "3"}
     ops = [a + b for a in ("train", "add_relu") for b in ("_fwd", "_bwd", "_fwd_bwd")] + ["eval"]
     layouts = ("NCHW", "channels_last")
-    impls = ("bnlib", "eager", "eager_nocudnn", "compile", "copy")
+    impls = ("bnlib", "bnlib_serial", "eager", "eager_nocudnn", "compile", "copy")
     assert found == set(itertools.product(ops, layouts, impls))
     assert {row["op"] for row in rows} == {*ops, "bandwidth", "resnet50_step"}
     assert all(float(row["median_us"]) > 0 for row in rows)
-
-
-@needs_triton
-def test_benchmark_finds_a_wrong_kernel(tmp_path):
-    """Its correctness pass can fail: here, of kernels that do not see γ."""
-    (tmp_path / "run.py").write_text(
-        "import runpy, sys, os\n"
-        "os.environ['TRITON_INTERPRET'] = '1'\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from bnlib.kernels import load\n"
-        "gpu = load('gpu')\n"
-        "right = gpu.moments_and_normalize\n"
-        "gpu.moments_and_normalize = lambda x, w, *a, **k: right(x, None, *a, **k)\n"
-        "sys.argv = ['gpu.py', '--dry-run']\n"
-        f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')\n"
-    )
-    code, said = python(str(tmp_path / "run.py"))
-    assert code == 1 and "WRONG: train_fwd_bwd" in said, said
 
 
 PIECES = f"""
 import importlib.util, os, sys, time
 os.environ["TRITON_INTERPRET"] = "1"
 sys.argv = ["gpu.py", "--dry-run"]
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 path = {str(ROOT / "benchmarks" / "gpu.py")!r}
 spec = importlib.util.spec_from_file_location("benchmark", path)
 benchmark = importlib.util.module_from_spec(spec)

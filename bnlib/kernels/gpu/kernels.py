@@ -73,6 +73,14 @@ def _tile(t, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
 
 
 @triton.jit
+def _load(x, t, last, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """Load what exists of tile ``t``; tile ``last`` and those behind it do not."""
+    base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
+    exists = exists & (t < last)
+    return tl.load(x + base + inside, exists, other=0.0), exists
+
+
+@triton.jit
 def _count(t, N, P, BN: tl.constexpr, BP: tl.constexpr):
     """Return how many values per channel exist in tile ``t``."""
     blocks = tl.cdiv(P, BP)
@@ -126,23 +134,23 @@ def _store_mask(
 
 
 @triton.jit
-def _load_mask(mask, t, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Load what ``_store_mask`` stored."""
-    base, inside, exists = _mask_tile(t, c0, N, C, P, BN, BC, BP)
-    byte = tl.load(mask + base + inside, exists, other=0).to(tl.int32)
-    bits = (byte[:, :, :, None] >> tl.arange(0, 8)[None, None, None, :]) & 1
-    return tl.reshape(bits, [BN, BC, BP]) != 0
+def _load_dy(dy, mask, t, last, c0, N, C, P, BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """Load the gradient and what ``_store_mask`` stored, for ``_behind_relu``."""
+    g, _ = _load(dy, t, last, c0, N, C, P, BN, BC, BP)
+    if mask is None:
+        return g, tl.zeros([1, 1, 1], tl.uint8)
+    else:
+        base, inside, exists = _mask_tile(t, c0, N, C, P, BN, BC, BP)
+        return g, tl.load(mask + base + inside, exists & (t < last), other=0)
 
 
 @triton.jit
-def _load_dy(
-    dy, mask, base, inside, exists, t, c0, N, C, P,
-    BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Load the gradient that arrives at the batch norm: behind a ReLU, 0 where that cut off."""
-    g = tl.load(dy + base + inside, exists, other=0.0).to(tl.float32)
+def _behind_relu(g, byte, mask):
+    """Return the gradient at the batch norm: 0 where a ReLU cut off, if there was one."""
+    g = g.to(tl.float32)
     if mask is not None:
-        g = tl.where(_load_mask(mask, t, c0, N, C, P, BN, BC, BP), g, 0.0)
+        bits = (byte.to(tl.int32)[:, :, :, None] >> tl.arange(0, 8)[None, None, None, :]) & 1
+        g = tl.where(tl.reshape(bits, g.shape) != 0, g, 0.0)
     return g
 
 
@@ -182,7 +190,9 @@ def _store_statistics(
 
 # --- Kernels that take a split of some channels ---------------------------------------------------
 # Program (i, s) takes the tiles s·per_program, ... of the i-th block of channels. Neighbouring
-# programs, which run at the same time, take neighbouring channels of the same samples.
+# programs, which run at the same time, take neighbouring channels of the same samples. A reduction
+# asks for the next tile before it uses one: the assembler places a load right before its use, and
+# without this the loads of a tile would wait for each other.
 
 
 @_jit
@@ -201,16 +211,17 @@ def moments_kernel(
     c0 = tl.program_id(0) * BC
     s = tl.program_id(1)
     first = s * per_program
-    base, inside, exists = _tile(first, c0, N, C, P, BN, BC, BP)
-    v = tl.load(x + base + inside, exists, other=0.0).to(tl.float32)
+    last = tl.minimum(first + per_program, tiles)
+    v, exists = _load(x, first, last, c0, N, C, P, BN, BC, BP)
+    v_next, exists_next = _load(x, first + 1, last, c0, N, C, P, BN, BC, BP)
     count = _count(first, N, P, BN, BP)
-    shift = _sum(v) / count
-    d = tl.where(exists, v - shift, 0.0)
+    shift = _sum(v.to(tl.float32)) / count
+    d = tl.where(exists, v.to(tl.float32) - shift, 0.0)
     sum_d, sum_d2 = d, d * d
-    for t in range(first + 1, tl.minimum(first + per_program, tiles)):
-        base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
-        v = tl.load(x + base + inside, exists, other=0.0).to(tl.float32)
-        d = tl.where(exists, v - shift, 0.0)
+    for t in range(first + 1, last):
+        v, exists = v_next, exists_next
+        v_next, exists_next = _load(x, t + 1, last, c0, N, C, P, BN, BC, BP)
+        d = tl.where(exists, v.to(tl.float32) - shift, 0.0)
         sum_d += d
         sum_d2 += d * d
         count += _count(t, N, P, BN, BP)
@@ -227,7 +238,7 @@ def moments_kernel(
 
 @_jit
 def merge_moments_kernel(
-    partials, mean, m2, inv_std, running_mean, running_var, C, S, count, eps, momentum,
+    partials, mean, m2, inv_std, running_mean, running_var, count, eps, momentum, C, S,
     BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of some channels: the formula of :func:`bnlib.merge`, in its order."""
@@ -251,18 +262,23 @@ def merge_moments_kernel(
 
 @_jit
 def normalize_kernel(
-    x, mean, inv_std, weight, bias, residual, y, mask, N, C, P, tiles, per_program,
+    x, mean, inv_std, var, weight, bias, residual, y, mask, eps, N, C, P, tiles, per_program,
     RELU: tl.constexpr, PU: tl.constexpr, CU: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - mean) γ inv_std + β, and what is fused."""
+    """y = (x - mean) γ inv_std + β, and what is fused; ``var``, if given, decides inv_std."""
     C, P = _sizes(C, P, CU, PU, BP)
     # Backwards: what the reduction read last is still in the cache.
     c0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BC
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * per_program
     c, c_exists = _channels(c0, C, BC)
     mu = _per_channel(mean, c, c_exists, 0.0)
-    scale = _per_channel(inv_std, c, c_exists, 1.0) * _per_channel(weight, c, c_exists, 1.0)
+    if var is None:
+        r = _per_channel(inv_std, c, c_exists, 1.0)
+    else:
+        r = 1.0 / tl.sqrt_rn(_per_channel(var, c, c_exists, 1.0) + eps)
+        tl.store(inv_std + c, r, c_exists)  # the same number from every program of a channel
+    scale = r * _per_channel(weight, c, c_exists, 1.0)
     b = _per_channel(bias, c, c_exists, 0.0)
     for t in range(first, tl.minimum(first + per_program, tiles)):
         base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
@@ -286,12 +302,17 @@ def grad_sums_kernel(
     mu = _per_channel(mean, c, c_exists, 0.0)
     sum_g = tl.zeros([BN, BC, BP], tl.float32)
     sum_gd = tl.zeros([BN, BC, BP], tl.float32)
-    for t in range(s * per_program, tl.minimum((s + 1) * per_program, tiles)):
-        base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
-        v = tl.load(x + base + inside, exists, other=0.0).to(tl.float32)
-        g = _load_dy(dy, mask, base, inside, exists, t, c0, N, C, P, BN, BC, BP)
+    first = s * per_program
+    last = tl.minimum(first + per_program, tiles)
+    v_next, _ = _load(x, first, last, c0, N, C, P, BN, BC, BP)
+    g_next, byte_next = _load_dy(dy, mask, first, last, c0, N, C, P, BN, BC, BP)
+    for t in range(first, last):
+        v, g, byte = v_next, g_next, byte_next
+        v_next, _ = _load(x, t + 1, last, c0, N, C, P, BN, BC, BP)
+        g_next, byte_next = _load_dy(dy, mask, t + 1, last, c0, N, C, P, BN, BC, BP)
+        g = _behind_relu(g, byte, mask)
         sum_g += g
-        sum_gd += g * (v - mu)  # g is 0 where nothing exists
+        sum_gd += g * (v.to(tl.float32) - mu)  # g is 0 where nothing exists
     at = partials + s * C + c
     tl.store(at, _sum(sum_g), c_exists)
     tl.store(at + tl.num_programs(1) * C, _sum(sum_gd), c_exists)
@@ -331,7 +352,8 @@ def grad_input_kernel(
     for t in range(first, tl.minimum(first + per_program, tiles)):
         base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
         v = tl.load(x + base + inside, exists, other=0.0).to(tl.float32)
-        g = _load_dy(dy, mask, base, inside, exists, t, c0, N, C, P, BN, BC, BP)
+        g, byte = _load_dy(dy, mask, t, tiles, c0, N, C, P, BN, BC, BP)
+        g = _behind_relu(g, byte, mask)
         if dresidual is not None:
             tl.store(dresidual + base + inside, g.to(dresidual.dtype.element_ty), exists)
         tl.store(dx + base + inside, (a * g + (b * (v - mu) + k)).to(dx.dtype.element_ty), exists)
@@ -383,7 +405,8 @@ def backward_kernel(
     t = tl.program_id(1)  # 0: there is one tile
     base, inside, exists = _tile(t, c0, N, C, P, BN, BC, BP)
     v = tl.load(x + base + inside, exists, other=0.0).to(tl.float32)
-    g = _load_dy(dy, mask, base, inside, exists, t, c0, N, C, P, BN, BC, BP)
+    g, byte = _load_dy(dy, mask, t, 1, c0, N, C, P, BN, BC, BP)
+    g = _behind_relu(g, byte, mask)
     x_hat = (v - _per_channel(mean, c, c_exists, 0.0)) * r
     sum_g = _sum(g)
     sum_gx = _sum(g * x_hat)

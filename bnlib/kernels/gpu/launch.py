@@ -14,9 +14,12 @@ from torch import Tensor
 
 from bnlib.kernels.base import Kernels
 from bnlib.kernels.gpu import kernels
-from bnlib.kernels.gpu.plan import Plan, power, tiled, whole
+from bnlib.kernels.gpu.plan import Plan, merging, tiled, whole
 from bnlib.kernels.tensors import channels_are_neighbours, dense
 from bnlib.statistics import Moments
+
+Shape = tuple[int, int, int]  # (N, C, P), see bnlib.kernels.gpu.kernels
+Vectors = tuple[Tensor | None, ...]  # one value per channel
 
 
 class GpuKernels(Kernels):
@@ -31,7 +34,8 @@ class GpuKernels(Kernels):
         return x.is_cuda or (x.is_cpu and _interpreted())
 
     def _moments(self, x: Tensor) -> Moments:
-        return _measure(dense(x), 1.0, None, None, 0.0)[0]
+        x = dense(x)
+        return _measure(x, _shape(x), 1.0, (None, None), 0.0)[0]
 
     def _normalize(
         self,
@@ -45,25 +49,30 @@ class GpuKernels(Kernels):
         mask: Tensor | None,
     ) -> Tensor:
         x = dense(x)
-        y, residual = torch.empty_like(x), _beside(residual, x)
-        cut = tiled(*_shape(x), x.itemsize, reduce=False)
-        vectors = _contiguous(mean, inv_std, weight, bias)
-        tensors = (x, *vectors, residual, y, mask if relu else None)
-        _launch(kernels.normalize_kernel, cut.grid, *tensors, *cut.sizes, RELU=relu, **cut.blocks)
-        return y
+        return _apply(x, _shape(x), (mean, inv_std, None, weight, bias), 0.0, residual, relu, mask)
+
+    def _evaluate(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y and inv_std, by one kernel."""
+        x, (inv_std,) = dense(x), _new(x, 1)
+        vectors = (mean, inv_std, var, weight, bias)
+        return _apply(x, _shape(x), vectors, eps, residual, relu, mask), inv_std
 
     def _grad_sums(
         self, dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x = dense(x)
-        cut = tiled(*_shape(x), x.itemsize, reduce=True)
-        partials = _partials(x, 2, cut)
-        vectors = _contiguous(mean, inv_std)
-        sum_dy, sum_dy_x_hat = _new(x, 2)
-        tensors = (dense(dy, x), x, vectors[0], mask, partials)
-        _launch(kernels.grad_sums_kernel, cut.grid, *tensors, *cut.sizes, **cut.blocks)
-        _merge(kernels.add_sums_kernel, partials, vectors[1], sum_dy, sum_dy_x_hat)
-        return sum_dy, sum_dy_x_hat
+        return _add(dense(dy, x), x, _shape(x), mean, inv_std, mask)
 
     def _grad_input(
         self,
@@ -79,14 +88,8 @@ class GpuKernels(Kernels):
         dresidual: Tensor | None,
     ) -> Tensor:
         x = dense(x)
-        dx = torch.empty_like(x)
-        cut = tiled(*_shape(x), x.itemsize, reduce=False)
-        vectors = _contiguous(mean, inv_std, weight, sum_dy, sum_dy_x_hat)
-        tensors = (dense(dy, x), x, *vectors, mask, dx, dresidual)
-        _launch(
-            kernels.grad_input_kernel, cut.grid, *tensors, float(count), *cut.sizes, **cut.blocks
-        )
-        return dx
+        vectors = (mean, inv_std, weight, sum_dy, sum_dy_x_hat)
+        return _apply_gradient(dense(dy, x), x, _shape(x), vectors, count, mask, dresidual)
 
     def _moments_and_normalize(
         self,
@@ -102,20 +105,20 @@ class GpuKernels(Kernels):
         momentum: float,
     ) -> tuple[Tensor, Moments, Tensor]:
         x = dense(x)
+        shape = _shape(x)
         running = _contiguous(running_mean, running_var)
-        cut = whole(*_shape(x), x.itemsize, residual is not None or mask is not None)
-        if cut is None:
-            batch, inv_std = _measure(x, eps, running[0], running[1], momentum)
-            y = self._normalize(x, batch.mean, inv_std, weight, bias, residual, relu, mask)
+        plan = whole(*shape, x.itemsize, residual is not None or mask is not None)
+        if plan is None:
+            batch, inv_std = _measure(x, shape, eps, running, momentum)
+            vectors = (batch.mean, inv_std, None, weight, bias)
+            y = _apply(x, shape, vectors, 0.0, residual, relu, mask)
         else:
             y, residual = torch.empty_like(x), _beside(residual, x)
-            mean, m2, inv_std = _new_statistics(x)
-            batch = Moments(_count(x), mean, m2)
-            tensors = (x, *_contiguous(weight, bias), residual, y, mask if relu else None)
-            numbers = (float(batch.count), float(eps), float(momentum), *cut.shape)
+            batch, inv_std = _new_statistics(x)
             _launch(
-                kernels.forward_kernel, cut.grid, *tensors, mean, m2, inv_std, *running, *numbers,
-                RELU=relu, warps=cut.warps, **cut.blocks,
+                kernels.forward_kernel, plan, x, *_contiguous(weight, bias), residual, y,
+                mask if relu else None, batch.mean, batch.m2, inv_std, *running,
+                float(batch.count), float(eps), float(momentum), RELU=relu,
             )  # fmt: skip
         _moved((running_mean, running_var), running)
         return y, batch, inv_std
@@ -132,18 +135,16 @@ class GpuKernels(Kernels):
         dresidual: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = dense(x)
-        cut = whole(*_shape(x), x.itemsize, fused=True)
-        if cut is None:
-            return super()._grad_sums_and_input(
-                dy, x, mean, inv_std, weight, count, mask, dresidual
-            )
+        dy, shape = dense(dy, x), _shape(x)
+        plan = whole(*shape, x.itemsize, fused=True)
+        if plan is None:
+            sums = _add(dy, x, shape, mean, inv_std, mask)
+            vectors = (mean, inv_std, weight, *sums)
+            return _apply_gradient(dy, x, shape, vectors, count, mask, dresidual), *sums
         dx = torch.empty_like(x)
         sum_dy, sum_dy_x_hat = _new(x, 2)
-        tensors = (dense(dy, x), x, *_contiguous(mean, inv_std, weight), mask, dx, dresidual)
-        _launch(
-            kernels.backward_kernel, cut.grid, *tensors, sum_dy, sum_dy_x_hat, float(count),
-            *cut.shape, warps=cut.warps, **cut.blocks,
-        )  # fmt: skip
+        tensors = (dy, x, *_contiguous(mean, inv_std, weight), mask, dx, dresidual)
+        _launch(kernels.backward_kernel, plan, *tensors, sum_dy, sum_dy_x_hat, float(count))
         return dx, sum_dy, sum_dy_x_hat
 
     # A mask has bit k of byte j for element 8j + k along the innermost axis, so that a thread that
@@ -154,49 +155,87 @@ class GpuKernels(Kernels):
         return (n, -(-c // 8), 1) if p == 1 else (n, c, -(-p // 8))
 
     def unpack_mask(self, mask: Tensor, x: Tensor) -> Tensor:
-        n, c, p = _shape(x)
+        _, c, p = _shape(x)
         bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
         if p == 1:
-            flat = bits.reshape(n, -1)[:, :c]
+            flat = bits.flatten(1)[:, :c]
             return flat.reshape(x.shape[0], *x.shape[2:], c).movedim(-1, 1).bool()
-        return bits.reshape(n, c, -1)[:, :, :p].reshape(x.shape).bool()
+        return bits.flatten(2)[:, :, :p].reshape(x.shape).bool()
 
 
-tier = GpuKernels()
-
-
-def _interpreted() -> bool:
-    return not isinstance(kernels.normalize_kernel, triton.runtime.JITFunction)
+# --- The steps of a pass that is several kernels; x and dy have no gaps ---------------------------
 
 
 def _measure(
-    x: Tensor,
-    eps: float,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
+    x: Tensor, shape: Shape, eps: float, running: Vectors, momentum: float
 ) -> tuple[Moments, Tensor]:
-    """Return the moments and inv_std of a dense tensor, and move the running statistics."""
-    cut = tiled(*_shape(x), x.itemsize, reduce=True)
-    partials = _partials(x, 4, cut)
-    mean, m2, inv_std = _new_statistics(x)
-    _launch(kernels.moments_kernel, cut.grid, x, partials, *cut.sizes, **cut.blocks)
-    vectors = (mean, m2, inv_std, running_mean, running_var)
-    batch = Moments(_count(x), mean, m2)
+    """Return the moments and inv_std, and move the running statistics."""
+    plan = tiled(*shape, x.itemsize, reads=1, reduce=True)
+    partials = _partials(4, plan, x)
+    batch, inv_std = _new_statistics(x)
+    vectors = (batch.mean, batch.m2, inv_std, *running)
     numbers = (float(batch.count), float(eps), float(momentum))
-    _merge(kernels.merge_moments_kernel, partials, *vectors, *numbers)
+    _launch(kernels.moments_kernel, plan, x, partials)
+    _launch(kernels.merge_moments_kernel, merging(*partials.shape), partials, *vectors, *numbers)
     return batch, inv_std
 
 
-def _count(x: Tensor) -> int:
-    return x.numel() // x.shape[1]
+def _apply(
+    x: Tensor,
+    shape: Shape,
+    vectors: Vectors,
+    eps: float,
+    residual: Tensor | None,
+    relu: bool,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return the output for mean, inv_std, var, weight and bias; a ``var`` fills ``inv_std``."""
+    y, residual = torch.empty_like(x), _beside(residual, x)
+    tensors = (x, *_contiguous(*vectors), residual, y, mask if relu else None)
+    plan = tiled(*shape, x.itemsize, reads=1 if residual is None else 2, reduce=False)
+    _launch(kernels.normalize_kernel, plan, *tensors, float(eps), RELU=relu)
+    return y
 
 
-def _beside(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if residual is None else dense(residual, x)
+def _add(
+    dy: Tensor, x: Tensor, shape: Shape, mean: Tensor, inv_std: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the two sums of the backward pass."""
+    plan = tiled(*shape, x.itemsize, reads=2, reduce=True)
+    partials = _partials(2, plan, x)
+    sum_dy, sum_dy_x_hat = _new(x, 2)
+    vectors = (inv_std.contiguous(), sum_dy, sum_dy_x_hat)
+    _launch(kernels.grad_sums_kernel, plan, dy, x, mean.contiguous(), mask, partials)
+    _launch(kernels.add_sums_kernel, merging(*partials.shape), partials, *vectors)
+    return sum_dy, sum_dy_x_hat
 
 
-def _shape(x: Tensor) -> tuple[int, int, int]:
+def _apply_gradient(
+    dy: Tensor,
+    x: Tensor,
+    shape: Shape,
+    vectors: Vectors,
+    count: int,
+    mask: Tensor | None,
+    dresidual: Tensor | None,
+) -> Tensor:
+    """Return the gradient of the input for mean, inv_std, weight and the two sums."""
+    dx = torch.empty_like(x)
+    tensors = (dy, x, *_contiguous(*vectors), mask, dx, dresidual)
+    plan = tiled(*shape, x.itemsize, reads=2, reduce=False)
+    _launch(kernels.grad_input_kernel, plan, *tensors, float(count))
+    return dx
+
+
+def _launch(kernel: Any, plan: Plan, *args: Any, **constants: bool) -> None:
+    with torch.cuda.device_of(args[0]):
+        kernel[plan.grid](*args, *plan.sizes, **constants, **plan.blocks, **plan.options)
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> Shape:
     """Return (N, C, P) as the kernels see a dense tensor."""
     c = x.shape[1]
     values = x.numel() // c if c else 0
@@ -205,37 +244,33 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], c, values // max(x.shape[0], 1)
 
 
+def _beside(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if residual is None else dense(residual, x)
+
+
 def _new(x: Tensor, rows: int) -> tuple[Tensor, ...]:
     """Return several vectors of float32, one value per channel."""
     return torch.empty(rows, x.shape[1], dtype=torch.float32, device=x.device).unbind()
 
 
-def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean, m2 and inv_std to be filled."""
+def _new_statistics(x: Tensor) -> tuple[Moments, Tensor]:
+    """Return moments and inv_std, to be filled."""
     mean, inv_std = _new(x, 2)
-    return mean, torch.empty(x.shape[1], dtype=torch.float64, device=x.device), inv_std
+    m2 = torch.empty(x.shape[1], dtype=torch.float64, device=x.device)
+    return Moments(x.numel() // x.shape[1], mean, m2), inv_std
 
 
-def _partials(x: Tensor, rows: int, cut: Plan) -> Tensor:
-    shape = (rows, cut.grid[1], x.shape[1])
+def _partials(rows: int, plan: Plan, x: Tensor) -> Tensor:
+    """Return the results of a reduction's splits, to be filled."""
+    shape = (rows, plan.grid[1], x.shape[1])
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def _merge(kernel: Any, partials: Tensor, *args: Any) -> None:
-    """Launch a kernel that merges the splits of eight channels."""
-    _, splits, channels = partials.shape
-    vectors = [a for a in args if not isinstance(a, float)]
-    numbers = [a for a in args if isinstance(a, float)]
-    sizes = {"BS": power(splits), "BC": 8}
-    grid = (triton.cdiv(channels, 8),)
-    _launch(kernel, grid, partials, *vectors, channels, splits, *numbers, **sizes)
-
-
-def _contiguous(*vectors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _contiguous(*vectors: Tensor | None) -> Vectors:
     return tuple(v if v is None else v.contiguous() for v in vectors)
 
 
-def _moved(given: tuple[Tensor | None, ...], used: tuple[Tensor | None, ...]) -> None:
+def _moved(given: Vectors, used: Vectors) -> None:
     """Tell torch, which does not look into kernels, that running statistics have changed."""
     for to, at in zip(given, used, strict=True):
         if to is None or at is None:
@@ -246,6 +281,8 @@ def _moved(given: tuple[Tensor | None, ...], used: tuple[Tensor | None, ...]) ->
             torch.autograd.graph.increment_version(to)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4, **blocks: Any) -> None:
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-        kernel[grid](*args, **blocks, num_warps=warps)
+def _interpreted() -> bool:
+    return not isinstance(kernels.normalize_kernel, triton.runtime.JITFunction)
+
+
+tier = GpuKernels()

@@ -1,35 +1,28 @@
-"""The Triton kernels against float64, run by Triton's interpreter on the CPU.
-
-Run by test_kernels_gpu.py in a process of its own, since triton must be imported with
-TRITON_INTERPRET=1, and every other test without.
-"""
+"""The Triton kernels against float64: on a GPU, or in Triton's interpreter on the CPU."""
 
 from __future__ import annotations
-
-import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bnlib import functional, reference
+from bnlib import distributed, functional, reference
 from bnlib.kernels import load
 from bnlib.kernels.gpu import launch, plan
 from bnlib.statistics import Moments, merge
 
-# 2-D to 5-D; one sample, one channel, one pixel; primes; 17; 7 x 7; 1023; enough for several tiles.
+# 2-D to 5-D; one sample, one channel, one pixel; primes; 17; 7 x 7; enough for several small tiles.
 SHAPES = [
     (5, 1),
     (2, 17),
-    (1023, 3),
+    (203, 3),
     (3, 5, 17),
-    (1, 3, 1023),
-    (4, 16, 7, 7),
+    (1, 3, 203),
+    (4, 6, 7, 7),
     (2, 3, 13, 11),
     (9, 1, 5, 3),
-    (2, 8, 16, 16),
+    (2, 3, 8, 16),
     (3, 2, 3, 5, 4),
-    (6, 4, 1, 1),
+    (6, 16, 1, 1),
 ]
 LAYOUTS = ["contiguous", "channels_last"]
 # Relative to the largest value. float32: a few roundings. The 16-bit outputs are rounded once, to
@@ -38,10 +31,10 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 EPS = 1e-5
 gpu = load("gpu")
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run test_kernels_gpu.py, which runs this file"
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
 
 
-@pytest.fixture(params=["whole", "tiles", "small tiles"])
+@pytest.fixture(params=["whole", "small tiles"])
 def cut(request, monkeypatch):
     """How tensors are cut: whole channels, tiles, or small tiles with several for a program."""
     if request.param != "whole":
@@ -61,7 +54,7 @@ def lay_out(x, layout):
 
 
 def draw(shape, dtype=torch.float32, layout="contiguous", offset=0.0, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     x = torch.randn(shape, generator=g) * (1 + torch.rand(shape[1], generator=g)).view(
         [-1] + [1] * (len(shape) - 2)
     )
@@ -69,7 +62,7 @@ def draw(shape, dtype=torch.float32, layout="contiguous", offset=0.0, seed=0):
 
 
 def vectors(channels, seed=1):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(channels, generator=g), torch.randn(channels, generator=g)
 
 
@@ -93,18 +86,17 @@ def assert_moments_close(got, expected):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 7), (1, 3, 1, 1)], ids=str)
-@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 1000.0), (torch.float16, 0.0)])
-@pytest.mark.parametrize("cut", ["tiles", "small tiles"], indirect=True)
-def test_moments(cut, shape, layout, dtype, offset):
-    x = draw(shape, dtype, layout, offset)
+@pytest.mark.parametrize("cut", ["small tiles"], indirect=True)
+def test_moments(cut, shape, layout):
+    x = draw(shape, layout=layout, offset=1000.0)
     got, expected = gpu.moments(x), reference.moments(x.double())
     assert got.count == expected.count
     assert got.mean.dtype == torch.float32
     assert_moments_close(got, expected)
 
 
-@pytest.mark.parametrize("shape", [(40, 2, 30, 30), (4, 3, 10, 10)], ids=str)  # in splits, whole
-def test_sums_of_squares_beyond_float32(shape):
+def test_sums_of_squares_beyond_float32(cut):
+    shape = (6, 3, 9, 9)
     x = torch.full(shape, 1e17)
     x[::2] *= -1
     running = [torch.zeros(shape[1]) for _ in range(2)]
@@ -136,8 +128,8 @@ def forward(x, w, b, residual, relu, running=None):
 @pytest.mark.parametrize(
     ("shape", "dtype", "offset"),
     [(shape, torch.float32, 0.0) for shape in SHAPES]
-    + [(s, d, 0.0) for s in SHAPES[3:7] for d in (torch.float16, torch.bfloat16)]
-    + [(s, torch.float32, 1000.0) for s in SHAPES[3:6]],
+    + [(s, d, 0.0) for s in SHAPES[3:7:2] for d in (torch.float16, torch.bfloat16)]
+    + [(SHAPES[4], torch.float32, 1000.0)],
     ids=str,
 )
 def test_training(cut, shape, dtype, offset, layout):
@@ -205,6 +197,10 @@ def test_the_four_primitives(layout, with_residual, relu):
         expected, dyd = expected.relu(), torch.where(expected > 0, dyd, 0)
         assert torch.equal(gpu.unpack_mask(mask, x), expected > 0)
     assert_close(y, expected, 2e-6)
+    var = inv_std**-2 - EPS  # and the same by one kernel, from the variance
+    y, found = gpu._evaluate(x, mean, var, EPS, w, b, residual, relu, mask)
+    assert_close(y, expected, 4e-6)
+    assert_close(found, inv_std, 2e-6)
     expected = reference.grad_sums(dyd, xd, md, rd)
     for got, wanted in zip(gpu.grad_sums(dy, x, mean, inv_std, mask=mask), expected, strict=True):
         assert_close(got, wanted, 1e-5)
@@ -310,13 +306,14 @@ def test_empty(shape):
     x, v = torch.empty(shape), torch.ones(shape[1])
     mask = gpu.empty_mask(x)
     y, batch, inv_std = gpu.moments_and_normalize(x, v, v, EPS, x, True, mask)
-    assert y.shape == x.shape and batch.count == 0
+    assert y.shape == x.shape and batch.count == shape[0] * shape[2]
     assert not batch.mean.any() and not batch.m2.any() and inv_std.shape == v.shape
     assert gpu.unpack_mask(mask, x).shape == x.shape
     dx, *sums = gpu.grad_sums_and_input(x, x, v, v, v, 0, mask=mask, dresidual=x)
     assert dx.shape == x.shape and not any(s.any() for s in sums)
 
 
+@interpreted
 @pytest.mark.parametrize(
     ("shape", "stride_of_samples"),
     [((3, 2**20, 1024), 2**30), ((640, 2**22), 2**22)],
@@ -326,7 +323,9 @@ def test_offsets_beyond_32_bits(monkeypatch, shape, stride_of_samples):
     """The first channels of a tensor of 5 GB, of which no page but theirs is ever touched."""
     run = launch._launch
     monkeypatch.setattr(
-        launch, "_launch", lambda kernel, grid, *a, **k: run(kernel, (1, *grid[1:]), *a, **k)
+        launch,
+        "_launch",
+        lambda kernel, plan, *a, **k: run(kernel, plan._replace(grid=(1, plan.grid[1])), *a, **k),
     )
     assert stride_of_samples * (shape[0] - 1) >= 2**31 - 2**22
     x = torch.empty(shape, dtype=torch.float16)
@@ -358,9 +357,9 @@ def test_supports():
 def test_errors_name_what_arrived():
     with pytest.raises(ValueError, match=r"rank >= 2 .*got shape \(3,\)"):
         gpu.moments(torch.zeros(3))
-    with pytest.raises(TypeError, match=r"float32, float16 or bfloat16, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"float32, float16 or bfloat16 .*got torch\.float64"):
         gpu.moments(torch.zeros(2, 3, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="expected x on a GPU, got Tensor on meta"):
+    with pytest.raises(ValueError, match=r"on a CUDA device .* got torch.float32 on meta"):
         gpu.moments(torch.zeros(2, 3, device="meta"))
     with pytest.raises(TypeError, match=r"torch\.Tensor, got list"):
         gpu.moments([1.0])
@@ -463,7 +462,7 @@ def layer(x, residual, w, b, running, training, relu, backend):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("with_residual", "relu"), FUSED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_functional(layout, with_residual, relu, training, cut):
+def test_functional(layout, with_residual, relu, training):
     x = draw((4, 6, 7, 7), layout=layout, offset=1.0)
     residual = draw(x.shape, layout=layout, seed=3) if with_residual else None
     w, b = vectors(6)
@@ -502,10 +501,8 @@ def test_synchronised(monkeypatch, layout):
     others = merge(*(reference.moments(xd[part]) for part in parts[1:]))
     others = Moments(others.count, others.mean.float(), others.m2.float())
     total = torch.stack((grads.dbias, grads.dweight)).float()
-    sync = SimpleNamespace(
-        sync_moments=lambda local, group: merge(local, others), sync_sum=lambda sums, group: total
-    )
-    monkeypatch.setattr(functional, "_distributed", lambda: sync)
+    monkeypatch.setattr(distributed, "sync_moments", lambda local, group: merge(local, others))
+    monkeypatch.setattr(distributed, "sync_sum", lambda sums, group: total)
     leaf = x[parts[0]].detach().requires_grad_()
     options = {"activation": "relu", "process_group": "three", "backend": "gpu"}
     y = functional.batch_norm(leaf, None, None, w, b, True, **options)
@@ -514,12 +511,13 @@ def test_synchronised(monkeypatch, layout):
     assert_close(dx, grads.dx[parts[0]], 4e-6)
 
 
+@interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_order_of_the_programs_does_not_count(monkeypatch, cut, layout):
     """A GPU runs them as it likes: backwards, every bit is the same."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
-    x, (w, b) = draw((3, 9, 5, 7), layout=layout), vectors(9)
+    x, (w, b) = draw((3, 9, 5, 4), layout=layout), vectors(9)
 
     def run():
         running = [torch.full_like(w, 0.5), torch.full_like(w, 2.0)]
