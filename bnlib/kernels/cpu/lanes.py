@@ -58,7 +58,7 @@ def _lanes_of(array: Any) -> Lanes:
     return Lanes(array.dtype if isinstance(array.dtype, types.Float) else types.float32)
 
 
-def _operation(returns):
+def _operation(returns=lambda *kinds: types.void):
     """Make a function that emits instructions one that loops can call.
 
     ``returns`` gives the type of the result from those of the arguments.
@@ -89,14 +89,6 @@ def _operation(returns):
     return decorate
 
 
-def _nothing(*kinds):
-    return types.void
-
-
-def _bits(*kinds):
-    return types.int64
-
-
 def _as(element, like):
     """Vectors of another element, with as many lanes."""
     return ir.VectorType(element, like.count)
@@ -119,14 +111,11 @@ def _first(builder, n, count):
     return builder.icmp_signed("<", numbers, _spread(builder, n, count))
 
 
-def _call(builder, name, result, *arguments):
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
-
-
 def _masked(builder, name, result, vector, *arguments):
     element = {"float": "f32", "double": "f64", "i16": "i16"}[str(vector.element)]
-    return _call(builder, f"llvm.masked.{name}.v{vector.count}{element}.p0", result, *arguments)
+    name = f"llvm.masked.{name}.v{vector.count}{element}.p0"
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def _widen(builder, value, stored):
@@ -172,7 +161,7 @@ def load(builder, array, i, n, rest):
     return builder.load(result)
 
 
-@_operation(_nothing)
+@_operation()
 def store(builder, array, i, n, v):
     """array[i : i + n] = v, as far as it fits."""
     vector, size = array.vector, array.stored.bitwidth // 8
@@ -188,7 +177,7 @@ def store(builder, array, i, n, v):
             )  # fmt: skip
 
 
-@_operation(_nothing)
+@_operation()
 def stream(builder, array, i, v):
     """array[i : i + lanes] = v past the caches; the address is a multiple of the vector's bytes."""
     size = array.stored.bitwidth // 8 * v.type.count
@@ -197,19 +186,19 @@ def stream(builder, array, i, v):
     stored.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
-@_operation(_nothing)
+@_operation()
 def settle(builder):
     """Wait until what was streamed can be seen by other threads."""
     builder.fence("seq_cst")
 
 
-@_operation(_bits)
+@_operation(lambda *kinds: types.int64)
 def load_int32(builder, array, i):
     """The four bytes from array[i] on, at any address."""
     return builder.zext(builder.load(array.at(builder, i, _I32), align=1), _I64)
 
 
-@_operation(_nothing)
+@_operation()
 def store_int32(builder, array, i, bits):
     """The lowest 32 bits, to the four bytes from array[i] on."""
     builder.store(builder.trunc(bits, _I32), array.at(builder, i, _I32), align=1)
@@ -227,7 +216,7 @@ def spread(typingctx, array, number):
     return lanes(array, number), generate
 
 
-@_operation(_bits)
+@_operation(lambda *kinds: types.int64)
 def lanes_in(builder, array):
     """The number of lanes."""
     return _I64(array.vector.count)
@@ -254,7 +243,7 @@ def at_least(builder, v, w):
     return builder.select(builder.fcmp_ordered("<", v, w), w, v)
 
 
-@_operation(_bits)
+@_operation(lambda *kinds: types.int64)
 def positive(builder, v):
     """The bits of v > 0, or NaN."""
     which = builder.fcmp_unordered(">", v, ir.Constant(v.type, None))

@@ -82,7 +82,7 @@ def finish_backward(out, c0, c1, inv_std, sum_dy, sum_dy_x_hat):
         sum_dy[c], sum_dy_x_hat[c] = out[0, c], out[1, c] * inv_std[c]
 
 
-# --- The bits of a mask ---------------------------------------------------------------------------
+# --- The bits of a mask: four bytes at once, +4 % of the geometric mean with add and ReLU ---------
 
 
 @inlined
@@ -216,36 +216,23 @@ def sum_panel(number, dy, x, mask, mask_end, mean, channels, columns, k0, k1, r0
 
 
 @jit
-def coefficients(number, weight, bias, mean, inv_std, c0, c1, columns):
-    """p, q, a and the mean of channels c0 .. c1, again for every position in a row of columns."""
-    out = np.empty((4, columns), number)
-    for c in range(c0, c1):
-        k = c - c0
-        out[0, k], out[1, k], out[2, k], out[3, k] = weight[c] * inv_std[c], bias[c], 1, mean[c]
-    _repeat(out, c1 - c0)
-    return out
-
-
-@jit
-def coefficients_backward(
-    number, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1, columns
+def coefficients(
+    backward, number, weight, bias, mean, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1, columns
 ):  # fmt: skip
-    """The same of the gradient."""
-    out, share = np.empty((4, columns), number), 1 / np.float64(count)
-    for c in range(c0, c1):
-        k, factor = c - c0, np.float64(inv_std[c])
+    """p, q, a and the mean of channels c0 .. c1, again for every position in a row of columns."""
+    out, channels, share = np.empty((4, columns), number), c1 - c0, 1 / np.float64(count)
+    for k in range(channels):
+        c, factor = c0 + k, np.float64(inv_std[c0 + k])
         a = weight[c] * factor
-        out[0, k], out[1, k] = -a * factor * sum_dy_x_hat[c] * share, -a * sum_dy[c] * share
         out[2, k], out[3, k] = a, mean[c]
-    _repeat(out, c1 - c0)
+        if backward:
+            out[0, k], out[1, k] = -a * factor * sum_dy_x_hat[c] * share, -a * sum_dy[c] * share
+        else:
+            out[0, k], out[1, k] = a, bias[c]
+    for i in range(4):
+        for k in range(channels, columns):
+            out[i, k] = out[i, k - channels]
     return out
-
-
-@jit
-def _repeat(out, channels):
-    for i in range(out.shape[0]):
-        for j in range(channels, out.shape[1]):
-            out[i, j] = out[i, j - channels]
 
 
 @inlined
@@ -263,9 +250,8 @@ def apply(
     c0, c1, k1, r0, r1,
 ):  # fmt: skip
     """Write the outputs of channels c0 .. c1, in a panel columns c0 .. k1, of rows r0 .. r1."""
-    none, width, columns = spread(x, 0.0), lanes_in(x), f.shape[1]
-    floor, bits = spread(x, floor), mask_end // channels * 8
-    before, length = np.int64(0), k1 - c0 if panel else size
+    none, width, columns, before = spread(x, 0.0), lanes_in(x), f.shape[1], np.int64(0)
+    floor, bits, length = spread(x, floor), mask_end // channels * 8, k1 - c0 if panel else size
     for r in range(r0, r1):
         for c in range(c0, c0 + 1 if panel else c1):
             if panel:
