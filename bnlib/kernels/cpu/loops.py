@@ -12,10 +12,8 @@ taken in tiles, each near the mean of those before it, which :func:`bnlib.merge`
 is dy behind the ReLU, and d the distance from the mean itself. The sums of a tile have the
 precision that the input is computed with, and go on in float64; squares of a tile stay float32
 numbers for float32 inputs up to 4e17. The second step *applies* p d + q + a g to every element,
-with coefficients that follow from the sums.
-
-What is absent is None: Numba leaves it out of the loops. Tensors are pointers: references to arrays
-would be counted in the loops.
+with coefficients that follow from the sums. What is absent is None: Numba leaves it out of the
+loops. Tensors are pointers: references to arrays would be counted in the loops.
 """
 
 from __future__ import annotations
