@@ -10,14 +10,11 @@ import torch
 from bnlib.kernels.cpu.lanes import (
     as_stored,
     at_least,
-    fetch,
-    fetch_far,
     keep,
     lanes_in,
     load,
     load_int32,
     positive,
-    rounded,
     settle,
     spread,
     store,
@@ -39,8 +36,8 @@ def clamp(x, y, start, n, floor, fill):
 
 
 @numba.njit
-def describe(x, number):
-    return lanes_in(x), rounded(x, number)
+def count_lanes(x):
+    return lanes_in(x)
 
 
 def array(t):
@@ -55,7 +52,7 @@ def test_one_vector(dtype, n):
     x = torch.sin(10 * torch.arange(41, dtype=torch.float64)).to(dtype) * 3
     y = torch.full((41,), 7, dtype=dtype)
     start, fill = 1, -0.25
-    lanes, _ = describe(array(x), 0.0)
+    lanes = count_lanes(array(x))
     assert lanes == (8 if dtype == torch.float64 else 16)
     count = min(n, lanes)
     wide = x[start : start + count].to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -107,12 +104,6 @@ def copy(x, y):
         store(y, i, x.size - i, load(x, i, x.size - i, spread(x, 0.0)))
 
 
-def test_rounded():
-    assert describe(np.zeros(1, np.float32), 0.1)[1] == float(np.float32(0.1))
-    assert describe(np.zeros(1, np.uint16), 0.1)[1] == float(np.float32(0.1))
-    assert describe(np.zeros(1), 0.1)[1] == 0.1
-
-
 @numba.njit
 def stream_all(x, y):
     for i in range(0, x.size, lanes_in(x)):
@@ -131,22 +122,6 @@ def test_what_is_streamed_is_what_is_stored(dtype):
     # float16 is narrowed by an instruction that also stores it, which knows no such hint.
     if platform.machine().lower() in ("x86_64", "amd64") and dtype != torch.float16:
         assert "movnt" in stream_all.inspect_asm(stream_all.signatures[-1])
-
-
-@numba.njit
-def fetch_both(x, i):
-    fetch(x, i)
-    fetch_far(x, i)
-
-
-def test_what_is_asked_for_may_lie_anywhere():
-    x = np.arange(3.0)
-    for i in (0, 5, 1 << 40, -(1 << 40)):
-        fetch_both(x, i)
-    assert (x == [0, 1, 2]).all()
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        code = fetch_both.inspect_asm(fetch_both.signatures[-1])
-        assert "prefetcht0" in code and "prefetcht1" in code
 
 
 @numba.njit

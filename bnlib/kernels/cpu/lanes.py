@@ -8,20 +8,22 @@ float16) and widened to float32 where they are loaded.
 
 A vector may reach over the end of what it is loaded from or stored to: ``n`` says how many
 elements are left there. Bits, for masks, are the lowest bits of an int64, that of lane 0 first.
+
+An operation is a function that emits its instructions with a builder of LLVM's.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-_CONTRACT = ("contract",)  # a product and a sum may become one multiply-add
-_I64 = ir.IntType(64)
+_I1, _I8, _I16, _I32, _I64 = map(ir.IntType, (1, 8, 16, 32, 64))
 
 
 class Lanes(types.Type):
@@ -32,216 +34,174 @@ class Lanes(types.Type):
         self.count = 512 // number.bitwidth
         super().__init__(f"Lanes({number}, {self.count})")
 
-    def vector(self, element: ir.Type) -> ir.VectorType:
-        return ir.VectorType(element, self.count)
-
 
 @register_model(Lanes)
 class _Model(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Lanes) -> None:
         element = ir.DoubleType() if fe_type.count == 8 else ir.FloatType()
-        super().__init__(dmm, fe_type, fe_type.vector(element))
+        super().__init__(dmm, fe_type, ir.VectorType(element, fe_type.count))
 
 
-def _lanes_of(array) -> Lanes:
+class _Memory(NamedTuple):
+    """An array or a pointer to elements, as operations see it."""
+
+    data: Any  # the pointer
+    stored: Any  # Numba's type of the elements
+    vector: Any  # as many of them as there are lanes
+
+    def at(self, builder, index, kind):
+        return builder.bitcast(builder.gep(self.data, [index]), kind.as_pointer())
+
+
+def _lanes_of(array: Any) -> Lanes:
     """The lanes that elements of an array are loaded into."""
     return Lanes(array.dtype if isinstance(array.dtype, types.Float) else types.float32)
 
 
-def _spread(builder, value, lanes):
-    one = builder.insert_element(
-        ir.Constant(lanes.vector(value.type), ir.Undefined), value, ir.IntType(32)(0)
-    )
-    order = ir.Constant(ir.VectorType(ir.IntType(32), lanes.count), [0] * lanes.count)
-    return builder.shuffle_vector(one, ir.Constant(one.type, ir.Undefined), order)
+def _operation(returns=lambda *kinds: types.void):
+    """Make a function that emits instructions one that loops can call.
+
+    ``returns`` gives the type of the result from those of the arguments.
+    """
+
+    def decorate(emit):
+        @functools.wraps(emit)
+        def typed(typingctx, *kinds):
+            kinds = [types.int64 if isinstance(k, types.Integer) else k for k in kinds]
+
+            def generate(context, builder, signature, values):
+                given = []
+                for kind, value in zip(kinds, values, strict=True):
+                    if isinstance(kind, types.Array):
+                        value = context.make_array(kind)(context, builder, value).data
+                    if isinstance(kind, types.Array | types.CPointer):
+                        element = context.get_value_type(kind.dtype)
+                        vector = ir.VectorType(element, _lanes_of(kind).count)
+                        value = _Memory(value, kind.dtype, vector)
+                    given.append(value)
+                made = emit(builder, *given)
+                return context.get_dummy_value() if made is None else made
+
+            return returns(*kinds)(*kinds), generate
+
+        return intrinsic(typed)
+
+    return decorate
 
 
-def _first(builder, n, lanes):
+def _as(element, like):
+    """Vectors of another element, with as many lanes."""
+    return ir.VectorType(element, like.count)
+
+
+def _all(vector, number):
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def _spread(builder, value, count):
+    vector = ir.VectorType(value.type, count)
+    nothing = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(nothing, value, _I32(0))
+    return builder.shuffle_vector(one, nothing, _all(_as(_I32, vector), 0))
+
+
+def _first(builder, n, count):
     """Which lanes are among the first ``n``."""
-    numbers = ir.Constant(lanes.vector(_I64), list(range(lanes.count)))
-    return builder.icmp_signed("<", numbers, _spread(builder, n, lanes))
+    numbers = ir.Constant(ir.VectorType(_I64, count), list(range(count)))
+    return builder.icmp_signed("<", numbers, _spread(builder, n, count))
 
 
-def _pointer(context, builder, array, value, index, vector):
-    data = context.make_array(array)(context, builder, value).data
-    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+def _masked(builder, name, result, vector, *arguments):
+    element = {"float": "f32", "double": "f64", "i16": "i16"}[str(vector.element)]
+    name = f"llvm.masked.{name}.v{vector.count}{element}.p0"
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _masked(builder, name, result, arguments, pointer, vector):
-    kinds = [a.type for a in arguments]
-    function = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(result, kinds),
-        f"llvm.masked.{name}.v{vector.count}{_suffix(vector.element)}.p0",
-    )
-    return builder.call(function, arguments)
-
-
-def _suffix(element) -> str:
-    return {"float": "f32", "double": "f64", "i16": "i16"}[str(element)]
-
-
-def _widen(builder, value, stored, lanes):
+def _widen(builder, value, stored):
     if isinstance(stored, types.Float):
         return value
+    floats = _as(ir.FloatType(), value.type)
     if stored == types.uint16:
-        kind = lanes.vector(ir.IntType(32))
-        wide = builder.shl(builder.zext(value, kind), ir.Constant(kind, [16] * lanes.count))
-        return builder.bitcast(wide, lanes.vector(ir.FloatType()))
-    half = builder.bitcast(value, lanes.vector(ir.HalfType()))
-    return builder.fpext(half, lanes.vector(ir.FloatType()))
+        kind = _as(_I32, value.type)
+        return builder.bitcast(builder.shl(builder.zext(value, kind), _all(kind, 16)), floats)
+    return builder.fpext(builder.bitcast(value, _as(ir.HalfType(), value.type)), floats)
 
 
-def _narrow(builder, value, stored, lanes):
+def _narrow(builder, value, stored):
     """Rounded to nearest even."""
     if isinstance(stored, types.Float):
         return value
-    short, wide = lanes.vector(ir.IntType(16)), lanes.vector(ir.IntType(32))
+    short, wide = _as(_I16, value.type), _as(_I32, value.type)
     if stored == types.int16:
-        return builder.bitcast(builder.fptrunc(value, lanes.vector(ir.HalfType())), short)
-
-    def all_lanes(kind, number):
-        return ir.Constant(kind, [number] * lanes.count)
-
+        return builder.bitcast(builder.fptrunc(value, _as(ir.HalfType(), value.type)), short)
     bits = builder.bitcast(value, wide)
-    odd = builder.and_(builder.lshr(bits, all_lanes(wide, 16)), all_lanes(wide, 1))
-    rounded = builder.add(bits, builder.add(odd, all_lanes(wide, 0x7FFF)))
-    high = builder.trunc(builder.lshr(rounded, all_lanes(wide, 16)), short)
-    nan = builder.fcmp_unordered("uno", value, value)
-    return builder.select(nan, all_lanes(short, 0x7FC0), high)
+    odd = builder.and_(builder.lshr(bits, _all(wide, 16)), _all(wide, 1))
+    rounded = builder.add(bits, builder.add(odd, _all(wide, 0x7FFF)))
+    high = builder.trunc(builder.lshr(rounded, _all(wide, 16)), short)
+    return builder.select(builder.fcmp_unordered("uno", value, value), _all(short, 0x7FC0), high)
 
 
-@intrinsic
-def load(typingctx, array, i, n, rest):
+@_operation(lambda array, i, n, rest: rest)
+def load(builder, array, i, n, rest):
     """array[i : i + n], as far as it fits, and ``rest`` in the lanes that are left."""
-    lanes = _lanes_of(array)
-    size = array.dtype.bitwidth // 8
-
-    def generate(context, builder, signature, arguments):
-        value, index, left, other = arguments
-        vector = lanes.vector(context.get_value_type(array.dtype))
-        pointer = _pointer(context, builder, array, value, index, vector)
-        full = builder.icmp_signed(">=", left, _I64(lanes.count))
-        result = cgutils.alloca_once(builder, other.type)
-        with builder.if_else(full, likely=True) as (then, otherwise):
-            with then:
-                loaded = builder.load(pointer, align=size)
-                builder.store(_widen(builder, loaded, array.dtype, lanes), result)
-            with otherwise:
-                which = _first(builder, left, lanes)
-                zero = ir.Constant(vector, None)
-                loaded = _masked(
-                    builder, "load", vector, [pointer, ir.IntType(32)(size), which, zero], pointer,
-                    vector,
-                )  # fmt: skip
-                some = _widen(builder, loaded, array.dtype, lanes)
-                builder.store(builder.select(which, some, other), result)
-        return builder.load(result)
-
-    return lanes(array, types.int64, types.int64, lanes), generate
+    vector, size = array.vector, array.stored.bitwidth // 8
+    pointer = array.at(builder, i, vector)
+    result = cgutils.alloca_once(builder, rest.type)
+    full = builder.icmp_signed(">=", n, _I64(vector.count))
+    with builder.if_else(full, likely=True) as (then, otherwise):
+        with then:
+            loaded = builder.load(pointer, align=size)
+            builder.store(_widen(builder, loaded, array.stored), result)
+        with otherwise:
+            which, zero = _first(builder, n, vector.count), ir.Constant(vector, None)
+            some = _masked(builder, "load", vector, vector, pointer, _I32(size), which, zero)
+            some = _widen(builder, some, array.stored)
+            builder.store(builder.select(which, some, rest), result)
+    return builder.load(result)
 
 
-@intrinsic
-def store(typingctx, array, i, n, v):
+@_operation()
+def store(builder, array, i, n, v):
     """array[i : i + n] = v, as far as it fits."""
-    size = array.dtype.bitwidth // 8
-
-    def generate(context, builder, signature, arguments):
-        value, index, left, number = arguments
-        vector = v.vector(context.get_value_type(array.dtype))
-        pointer = _pointer(context, builder, array, value, index, vector)
-        narrow = _narrow(builder, number, array.dtype, v)
-        full = builder.icmp_signed(">=", left, _I64(v.count))
-        with builder.if_else(full, likely=True) as (then, otherwise):
-            with then:
-                builder.store(narrow, pointer, align=size)
-            with otherwise:
-                which = _first(builder, left, v)
-                _masked(
-                    builder, "store", ir.VoidType(),
-                    [narrow, pointer, ir.IntType(32)(size), which], pointer, vector,
-                )  # fmt: skip
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, types.int64, v), generate
+    vector, size = array.vector, array.stored.bitwidth // 8
+    pointer, narrow = array.at(builder, i, vector), _narrow(builder, v, array.stored)
+    full = builder.icmp_signed(">=", n, _I64(vector.count))
+    with builder.if_else(full, likely=True) as (then, otherwise):
+        with then:
+            builder.store(narrow, pointer, align=size)
+        with otherwise:
+            which = _first(builder, n, vector.count)
+            _masked(
+                builder, "store", ir.VoidType(), vector, narrow, pointer, _I32(size), which
+            )  # fmt: skip
 
 
-@intrinsic
-def stream(typingctx, array, i, v):
+@_operation()
+def stream(builder, array, i, v):
     """array[i : i + lanes] = v past the caches; the address is a multiple of the vector's bytes."""
-    size = array.dtype.bitwidth // 8
-
-    def generate(context, builder, signature, arguments):
-        value, index, number = arguments
-        vector = v.vector(context.get_value_type(array.dtype))
-        pointer = _pointer(context, builder, array, value, index, vector)
-        stored = builder.store(
-            _narrow(builder, number, array.dtype, v), pointer, align=size * v.count
-        )
-        mark = builder.module.add_metadata([ir.IntType(32)(1)])
-        stored.set_metadata("nontemporal", mark)
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, v), generate
+    size = array.stored.bitwidth // 8 * v.type.count
+    narrow, pointer = _narrow(builder, v, array.stored), array.at(builder, i, array.vector)
+    stored = builder.store(narrow, pointer, align=size)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
 
-def _fetching(locality):
-    @intrinsic
-    def fetch(typingctx, array, i):
-        def generate(context, builder, signature, arguments):
-            pointer = _pointer(context, builder, array, *arguments, ir.IntType(8))
-            function = cgutils.get_or_insert_function(
-                builder.module,
-                ir.FunctionType(ir.VoidType(), [pointer.type, *[ir.IntType(32)] * 3]),
-                "llvm.prefetch.p0",
-            )
-            how = [ir.IntType(32)(n) for n in (0, locality, 1)]  # to read, data
-            builder.call(function, [pointer, *how])
-            return context.get_dummy_value()
-
-        return types.void(array, types.int64), generate
-
-    return fetch
-
-
-# Ask for the cache line of array[i], which may lie beyond the end, into the first or the second
-# level.
-fetch, fetch_far = _fetching(3), _fetching(2)
-
-
-@intrinsic
-def settle(typingctx):
+@_operation()
+def settle(builder):
     """Wait until what was streamed can be seen by other threads."""
-
-    def generate(context, builder, signature, arguments):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), generate
+    builder.fence("seq_cst")
 
 
-@intrinsic
-def load_int32(typingctx, array, i):
+@_operation(lambda *kinds: types.int64)
+def load_int32(builder, array, i):
     """The four bytes from array[i] on, at any address."""
-
-    def generate(context, builder, signature, arguments):
-        pointer = _pointer(context, builder, array, *arguments, ir.IntType(32))
-        return builder.zext(builder.load(pointer, align=1), _I64)
-
-    return types.int64(array, types.int64), generate
+    return builder.zext(builder.load(array.at(builder, i, _I32), align=1), _I64)
 
 
-@intrinsic
-def store_int32(typingctx, array, i, bits):
+@_operation()
+def store_int32(builder, array, i, bits):
     """The lowest 32 bits, to the four bytes from array[i] on."""
-
-    def generate(context, builder, signature, arguments):
-        value, index, number = arguments
-        pointer = _pointer(context, builder, array, value, index, ir.IntType(32))
-        builder.store(builder.trunc(number, ir.IntType(32)), pointer, align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, types.int64), generate
+    builder.store(builder.trunc(bits, _I32), array.at(builder, i, _I32), align=1)
 
 
 @intrinsic
@@ -251,76 +211,64 @@ def spread(typingctx, array, number):
 
     def generate(context, builder, signature, arguments):
         value = context.cast(builder, arguments[1], number, lanes.number)
-        return _spread(builder, value, lanes)
+        return _spread(builder, value, lanes.count)
 
     return lanes(array, number), generate
 
 
-@intrinsic
-def total(typingctx, v):
+@_operation(lambda *kinds: types.int64)
+def lanes_in(builder, array):
+    """The number of lanes."""
+    return _I64(array.vector.count)
+
+
+@_operation(lambda v: types.float64)
+def total(builder, v):
     """The sum over the lanes, in float64 and always in the same order."""
-
-    def generate(context, builder, signature, arguments):
-        value, count = arguments[0], v.count
-        if v.number == types.float32:
-            value = builder.fpext(value, v.vector(ir.DoubleType()))
-        while count > 1:
-            count //= 2
-            halves = [
-                builder.shuffle_vector(
-                    value, value,
-                    ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(k, k + count))),
-                )
-                for k in (0, count)
-            ]  # fmt: skip
-            value = builder.fadd(*halves)
-        return builder.extract_element(value, ir.IntType(32)(0))
-
-    return types.float64(v), generate
+    doubles = _as(ir.DoubleType(), v.type)
+    value, count = v if v.type == doubles else builder.fpext(v, doubles), v.type.count
+    while count > 1:
+        count //= 2
+        orders = [list(range(k, k + count)) for k in (0, count)]
+        kind = ir.VectorType(_I32, count)
+        value = builder.fadd(
+            *(builder.shuffle_vector(value, value, ir.Constant(kind, order)) for order in orders)
+        )
+    return builder.extract_element(value, _I32(0))
 
 
-@intrinsic
-def at_least(typingctx, v, w):
+@_operation(lambda v, w: v)
+def at_least(builder, v, w):
     """The larger of two in every lane; NaN where v is NaN."""
-
-    def generate(context, builder, signature, arguments):
-        below = builder.fcmp_ordered("<", *arguments)
-        return builder.select(below, arguments[1], arguments[0])
-
-    return v(v, w), generate
+    return builder.select(builder.fcmp_ordered("<", v, w), w, v)
 
 
-@intrinsic
-def positive(typingctx, v):
+@_operation(lambda *kinds: types.int64)
+def positive(builder, v):
     """The bits of v > 0, or NaN."""
-
-    def generate(context, builder, signature, arguments):
-        zero = ir.Constant(arguments[0].type, None)
-        which = builder.fcmp_unordered(">", arguments[0], zero)
-        return builder.zext(builder.bitcast(which, ir.IntType(v.count)), _I64)
-
-    return types.int64(v), generate
+    which = builder.fcmp_unordered(">", v, ir.Constant(v.type, None))
+    return builder.zext(builder.bitcast(which, ir.IntType(v.type.count)), _I64)
 
 
-@intrinsic
-def keep(typingctx, bits, v):
+@_operation(lambda bits, v: v)
+def keep(builder, bits, v):
     """v in the lanes whose bit is set, and 0 in the others."""
+    which = builder.trunc(bits, ir.IntType(v.type.count))
+    which = builder.bitcast(which, _as(_I1, v.type))
+    return builder.select(which, v, ir.Constant(v.type, None))
 
-    def generate(context, builder, signature, arguments):
-        which = builder.trunc(arguments[0], ir.IntType(v.count))
-        which = builder.bitcast(which, v.vector(ir.IntType(1)))
-        return builder.select(which, arguments[1], ir.Constant(arguments[1].type, None))
 
-    return v(types.int64, v), generate
+@_operation(lambda array, v: v)
+def as_stored(builder, array, v):
+    """v as it will be when it has been stored to ``array``."""
+    return _widen(builder, _narrow(builder, v, array.stored), array.stored)
 
 
 def _define(operation, name):
-    @intrinsic
-    def compute(typingctx, v, w):
-        def generate(context, builder, signature, arguments):
-            return getattr(builder, name)(*arguments, flags=_CONTRACT)
-
-        return v(v, w), generate
+    @_operation(lambda v, w: v)
+    def compute(builder, v, w):
+        # A product and a sum may become one multiply-add.
+        return getattr(builder, name)(v, w, flags=("contract",))
 
     @overload(operation, inline="always")
     def choose(v, w):
@@ -332,33 +280,3 @@ def _define(operation, name):
 _define(operator.add, "fadd")
 _define(operator.sub, "fsub")
 _define(operator.mul, "fmul")
-
-
-@intrinsic
-def lanes_in(typingctx, array):
-    """The number of lanes."""
-    lanes = _lanes_of(array)
-    return types.int64(array), lambda context, builder, signature, arguments: _I64(lanes.count)
-
-
-@intrinsic
-def rounded(typingctx, array, number):
-    """A float64 in the precision in which ``array`` is computed with."""
-    lanes = _lanes_of(array)
-
-    def generate(context, builder, signature, arguments):
-        value = context.cast(builder, arguments[1], types.float64, lanes.number)
-        return context.cast(builder, value, lanes.number, types.float64)
-
-    return types.float64(array, types.float64), generate
-
-
-@intrinsic
-def as_stored(typingctx, array, v):
-    """v as it will be when it has been stored to ``array``."""
-
-    def generate(context, builder, signature, arguments):
-        narrow = _narrow(builder, arguments[1], array.dtype, v)
-        return _widen(builder, narrow, array.dtype, v)
-
-    return v(array, v), generate

@@ -3,9 +3,17 @@
 
 An input is looked at in one of two ways. *Rows*, (N, C, L): vectors run along the L neighbours of
 one channel of one sample. *Panels*, (M, K): they run along neighbours that belong to different
-channels, each with sums of its own; so are channels_last and (N, C) inputs. Any strides that are
-neither contiguous nor channels_last are copied first. The vectors are those of
-:mod:`bnlib.kernels.lanes`.
+channels, column k to channel k % C, each with sums of its own; so are channels_last and (N, C)
+inputs.
+
+Forward and backward are the same two steps. The first *sums* g and g d per channel, where d is the
+distance of x from a value near its mean. Forward, g is d, and the sums become mean and m2; they are
+taken in tiles, each near the mean of those before it, which :func:`bnlib.merge` joins. Backward, g
+is dy behind the ReLU, and d the distance from the mean itself. The sums of a tile have the
+precision that the input is computed with, and go on in float64; squares of a tile stay float32
+numbers for float32 inputs up to 4e17. The second step *applies* p d + q + a g to every element,
+with coefficients that follow from the sums. What is absent is None: Numba leaves it out of the
+loops. Tensors are pointers: references to arrays would be counted in the loops.
 """
 
 from __future__ import annotations
@@ -16,14 +24,11 @@ from bnlib.kernels.cpu.compiling import inlined, jit
 from bnlib.kernels.cpu.lanes import (
     as_stored,
     at_least,
-    fetch,
-    fetch_far,
     keep,
     lanes_in,
     load,
     load_int32,
     positive,
-    rounded,
     spread,
     store,
     store_int32,
@@ -33,12 +38,6 @@ from bnlib.kernels.cpu.lanes import (
 
 # Neighbours in a row, and rows of a panel, whose sums may have the precision of the input.
 TILE, _ROWS = 2048, 128
-# Columns of a panel of which four rows fit into the first-level cache, twice.
-_NARROW = 512
-# Between arrays of one loop: a load that agrees with the store before it in the last twelve bits of
-# the address waits for it.
-_APART = 80
-_STREAM_FROM = 1 << 23  # bytes; more than a cache keeps for the next layer
 
 
 @jit
@@ -50,59 +49,41 @@ def _merged(count, mean, m2, other, other_mean, other_m2):
 
 
 @jit
-def merge(count, mean, m2, other, other_mean, other_m2):
-    """The same for all channels, in place."""
-    for c in range(mean.size):
-        mean[c], m2[c] = _merged(count, mean[c], m2[c], other, other_mean[c], other_m2[c])
+def join(backward, count, out, other, part):
+    """Add to ``out``, which stands for ``count`` values a channel, what ``other`` more said."""
+    for c in range(out.shape[1]):
+        if backward:
+            out[0, c], out[1, c] = out[0, c] + part[0, c], out[1, c] + part[1, c]
+        else:
+            out[0, c], out[1, c] = _merged(
+                count, out[0, c], out[1, c], other, part[0, c], part[1, c]
+            )
 
 
 @jit
-def finish(c0, c1, count, out, eps, momentum, mean, m2, inv_std, running_mean, running_var):
+def finish(
+    out, c0, c1, count, eps, mean, m2, inv_std, moving, momentum, running_mean, running_var
+):  # fmt: skip
     """Mean, m2 and inv_std of channels c0 .. c1, rounded; move the running statistics, if any."""
-    mean, m2, inv_std = mean[c0:c1], m2[c0:c1], inv_std[c0:c1]
-    first, second = out[0, c0:c1], out[1, c0:c1]
-    for c in range(mean.size):  # below 0 by rounding, in a channel of equal values
-        mean[c], m2[c] = first[c], 0.0 if second[c] < 0 else second[c]
-    for c in range(mean.size):
+    for c in range(c0, c1):  # below 0 by rounding, in a channel of equal values
+        mean[c], m2[c] = out[0, c], 0.0 if out[1, c] < 0 else out[1, c]
         inv_std[c] = 1 / np.sqrt(m2[c] / np.float64(count) + eps)
-    if running_mean.size:
-        average, variance = running_mean[c0:c1], running_var[c0:c1]
-        for c in range(mean.size):
-            average[c] = (1 - momentum) * average[c] + momentum * mean[c]
+        if moving:
+            running_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean[c]
             new = m2[c] / np.float64(count - 1)
-            variance[c] = (1 - momentum) * variance[c] + momentum * new
+            running_var[c] = (1 - momentum) * running_var[c] + momentum * new
 
 
 @jit
-def add_up(c0, c1, out, inv_std, sum_dy, sum_dy_x_hat):
-    first, second, scale = out[0, c0:c1], out[1, c0:c1], inv_std[c0:c1]
-    sum_dy, sum_dy_x_hat = sum_dy[c0:c1], sum_dy_x_hat[c0:c1]
-    for c in range(scale.size):
-        sum_dy[c], sum_dy_x_hat[c] = first[c], second[c] * scale[c]
+def finish_backward(out, c0, c1, inv_std, sum_dy, sum_dy_x_hat):
+    for c in range(c0, c1):
+        sum_dy[c], sum_dy_x_hat[c] = out[0, c], out[1, c] * inv_std[c]
 
 
-@jit
-def _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1):
-    """dx = a dy + b (x - mean) + c of channels c0 .. c1."""
-    out, share = np.empty((3, c1 - c0), weight.dtype), 1 / np.float64(count)
-    weight, inv_std = weight[c0:c1], inv_std[c0:c1]
-    sum_dy, sum_dy_x_hat = sum_dy[c0:c1], sum_dy_x_hat[c0:c1]
-    for c in range(c1 - c0):
-        factor = np.float64(inv_std[c])
-        a = weight[c] * factor
-        out[0, c] = a
-        out[1, c] = -a * factor * sum_dy_x_hat[c] * share
-        out[2, c] = -a * sum_dy[c] * share
-    return out
+# --- The bits of a mask: four bytes at once, +4 % of the geometric mean with add and ReLU ---------
 
 
-@jit
-def _bits_before(mask, at):
-    """The bits of the byte of bit ``at`` that stand before it."""
-    return np.int64(mask[at >> 3]) & ((1 << (at & 7)) - 1)
-
-
-@jit
+@inlined
 def _write_bits(mask, at, before, bits, end):
     """Bits from ``at`` on, after those before it in its byte; no byte from ``end`` on.
 
@@ -112,442 +93,196 @@ def _write_bits(mask, at, before, bits, end):
     bits = before | bits << (at & 7)
     if byte + 4 <= end:
         store_int32(mask, byte, bits)
-        return
-    mask[byte] = bits & 255
-    if byte + 1 < end:
-        mask[byte + 1] = bits >> 8 & 255
-    if byte + 2 < end:
-        mask[byte + 2] = bits >> 16
+    else:
+        for k in range(min(end - byte, 3)):
+            mask[byte + k] = bits >> 8 * k & 255
 
 
-@jit
-def _read_bits(mask, at):
-    """The bits from ``at`` on, 16 or more."""
-    byte, last = at >> 3, mask.size - 1
-    if byte + 3 <= last:
+@inlined
+def _read_bits(mask, at, end):
+    """The bits from ``at`` on, 16 or more, of a mask of ``end`` bytes."""
+    byte = at >> 3
+    if byte + 4 <= end:
         return load_int32(mask, byte) >> (at & 7)
-    low, high = np.int64(mask[min(byte + 1, last)]) << 8, np.int64(mask[min(byte + 2, last)]) << 16
-    return (np.int64(mask[byte]) | low | high) >> (at & 7)
+    bits = np.int64(0)
+    for k in range(min(end - byte, 3)):
+        bits |= np.int64(mask[byte + k]) << 8 * k
+    return bits >> (at & 7)
+
+
+# --- Sums -----------------------------------------------------------------------------------------
+
+
+@inlined
+def _one(dy, x, mask, mask_end, at, bit, left, near):
+    """g and d of one vector; 0 beyond the end."""
+    d = load(x, at, left, near) - near
+    if dy is None:
+        return d, d
+    g = load(dy, at, left, spread(x, 0.0))
+    if mask is not None:
+        g = keep(_read_bits(mask, bit, mask_end), g)
+    return g, d
 
 
 @jit
-def _streams(y, size):
-    """Whether rows of an output go past the caches: it is large, and they are whole cache lines.
-
-    Such a line need not be read before it is written, and pushes nothing else out of the caches.
-    """
-    row = size * y.itemsize
-    return y.size * y.itemsize >= _STREAM_FROM and (y.ctypes.data | row) % 64 == 0
-
-
-# Rows: x is (N, C, L), vectors run along the L neighbours of one channel.
-
-
-@jit
-def rows_moments(x, like, channels, size, c0, c1, n0, n1, out):
-    """Mean and m2 of channels c0 .. c1 of samples n0 .. n1, to ``out[:, c]``."""
+def sum_rows(number, dy, x, mask, mask_end, mean, channels, size, c0, c1, n0, n1, out):
+    """Sum channels c0 .. c1 of samples n0 .. n1, to ``out[:, c]``."""
     none, width = spread(x, 0.0), lanes_in(x)
-    lanes = np.empty((c1 - c0) * 2 * width, like.dtype)
-    per_tile = max(1, TILE // size)
-    count = 0
+    sums = np.empty((c1 - c0) * 2 * width, number)
+    bits, per_tile, count = mask_end // channels * 8, max(1, TILE // size), 0
     for c in range(c0, c1):
-        head = min(width, size)
-        first = total(load(x, (n0 * channels + c) * size, head, none))
-        out[0, c], out[1, c] = first / head, 0.0
+        out[0, c] = out[1, c] = 0
+        if dy is None:
+            head = min(width, size)
+            out[0, c] = total(load(x, (n0 * channels + c) * size, head, none)) / head
     for n in range(n0, n1, per_tile):
         n_end = min(n + per_tile, n1)
         for i0 in range(0, size, TILE):
             i1 = min(i0 + TILE, size)
-            lanes[:] = 0
+            sums[:] = 0
             for m in range(n, n_end):  # in the order of memory
                 for c in range(c0, c1):
-                    j, near = 2 * width * (c - c0), spread(x, out[0, c])
-                    s, q = load(lanes, j, width, none), load(lanes, j + width, width, none)
-                    at = (m * channels + c) * size
+                    near = spread(x, out[0, c] if dy is None else mean[c])
+                    j = 2 * width * (c - c0)
+                    s, q = load(sums, j, width, none), load(sums, j + width, width, none)
+                    at, bit = (m * channels + c) * size, c * bits + m * size
                     for i in range(i0, i1, width):
-                        d = load(x, at + i, i1 - i, near) - near
-                        s = s + d
-                        q = q + d * d
-                    store(lanes, j, width, s)
-                    store(lanes, j + width, width, q)
+                        g, d = _one(dy, x, mask, mask_end, at + i, bit + i, i1 - i, near)
+                        s, q = s + g, q + g * d
+                    store(sums, j, width, s)
+                    store(sums, j + width, width, q)
             part = (n_end - n) * (i1 - i0)
             for c in range(c0, c1):
-                j, near = 2 * width * (c - c0), rounded(x, out[0, c])
-                rest = total(load(lanes, j, width, none))
-                m2 = total(load(lanes, j + width, width, none)) - rest * rest / part
-                out[0, c], out[1, c] = _merged(
-                    count, out[0, c], out[1, c], part, near + rest / part, m2
-                )
+                j = 2 * width * (c - c0)
+                first = total(load(sums, j, width, none))
+                second = total(load(sums, j + width, width, none))
+                if dy is None:  # from the mean as the vectors had it
+                    middle = number(out[0, c]) + first / part
+                    second -= first * first / part
+                    out[0, c], out[1, c] = _merged(
+                        count, out[0, c], out[1, c], part, middle, second
+                    )
+                else:
+                    out[0, c], out[1, c] = out[0, c] + first, out[1, c] + second
             count += part
 
 
 @jit
-def _rows_normalize(
-    x, residual, y, mask, channels, size, weight, bias, mean, inv_std, floor, c0, c1, n0, n1
-):
-    none, width = spread(x, 0.0), lanes_in(x)
-    floor = spread(x, floor)
-    bits = 0 if mask is None else mask.size // channels * 8
-    past = _streams(y, size)
-    for n in range(n0, n1):
-        for c in range(c0, c1):
-            middle, shift = spread(x, mean[c]), spread(x, bias[c])
-            scale = spread(x, inv_std[c] * weight[c])
-            at = (n * channels + c) * size
-            if mask is not None:
-                bit, end = c * bits + n * size, (c * bits + n1 * size + 7) >> 3
-                before = _bits_before(mask, bit)
-            for i in range(0, size, width):
-                v = (load(x, at + i, size - i, none) - middle) * scale + shift
-                if residual is not None:
-                    v = v + load(residual, at + i, size - i, none)
-                v = as_stored(y, at_least(v, floor))
-                if past:
-                    stream(y, at + i, v)
-                else:
-                    store(y, at + i, size - i, v)
-                if mask is not None:
-                    last = positive(v)
-                    _write_bits(mask, bit + i, before, last, end)
-                    before = last >> (width - (bit & 7))
+def sum_panel(number, dy, x, mask, mask_end, mean, channels, columns, k0, k1, r0, r1, out):
+    """Sum the channels of columns k0 .. k1 of rows r0 .. r1, to ``out[:, c]``."""
+    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
+    near, s, q = np.zeros((3, size), number)
+    sums = np.zeros((2, size))
+    if dy is None:
+        few = min(r0 + 8, r1)
+        for i in range(r0, few):
+            for k in range(0, size, width):
+                v = load(x, i * columns + k0 + k, size - k, none) * spread(x, 1 / (few - r0))
+                store(near, k, size - k, load(near, k, size - k, none) + v)
+    else:
+        for k in range(size):
+            near[k] = mean[(k0 + k) % channels]
+    r, end = r0, min(r0 + 32, r1)
+    while r < r1:
+        s[:], q[:] = 0, 0
+        for i in range(r, end):
+            for k in range(0, size, width):
+                at, left = i * columns + k0 + k, size - k
+                g, d = _one(dy, x, mask, mask_end, at, at, left, load(near, k, left, none))
+                store(s, k, left, load(s, k, left, none) + g)
+                store(q, k, left, load(q, k, left, none) + g * d)
+        before, part = np.float64(r - r0), np.float64(end - r)
+        for k in range(size):
+            if dy is None:
+                rest = s[k] / part
+                sums[0, k], sums[1, k] = _merged(
+                    before, sums[0, k], sums[1, k], part, near[k] + rest, q[k] - s[k] * rest
+                )
+                near[k] = sums[0, k]
+            else:
+                sums[0, k], sums[1, k] = sums[0, k] + s[k], sums[1, k] + q[k]
+        r, end = end, min(end + min(3 * (end - r0), _ROWS), r1)
+    for c in range(k0, min(k1, channels)):
+        out[0, c], out[1, c] = sums[0, c - k0], sums[1, c - k0]
+    for j in range(channels, size, channels):  # further positions in a row
+        before = np.float64(j // channels * (r1 - r0))
+        join(dy is not None, before, out, np.float64(r1 - r0), sums[:, j:])
+
+
+# --- Coefficients, and what is done with them -----------------------------------------------------
 
 
 @jit
-def _rows_gradient_sums(dy, x, mask, channels, size, mean, c0, c1, n0, n1, out):
-    none, width = spread(x, 0.0), lanes_in(x)
-    lanes = np.empty((c1 - c0) * 2 * width, mean.dtype)
-    bits = 0 if mask is None else mask.size // channels * 8
-    per_tile = max(1, TILE // size)
-    out[:, c0:c1] = 0
-    for n in range(n0, n1, per_tile):
-        for i0 in range(0, size, TILE):
-            i1 = min(i0 + TILE, size)
-            lanes[:] = 0
-            for m in range(n, min(n + per_tile, n1)):
-                for c in range(c0, c1):
-                    j, middle = 2 * width * (c - c0), spread(x, mean[c])
-                    s, q = load(lanes, j, width, none), load(lanes, j + width, width, none)
-                    at = (m * channels + c) * size
-                    for i in range(i0, i1, width):
-                        g = load(dy, at + i, i1 - i, none)
-                        if mask is not None:
-                            g = keep(_read_bits(mask, c * bits + m * size + i), g)
-                        s = s + g
-                        q = q + g * (load(x, at + i, i1 - i, none) - middle)
-                    store(lanes, j, width, s)
-                    store(lanes, j + width, width, q)
-            for c in range(c0, c1):
-                j = 2 * width * (c - c0)
-                out[0, c] += total(load(lanes, j, width, none))
-                out[1, c] += total(load(lanes, j + width, width, none))
-
-
-@jit
-def _rows_gradient(
-    dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
-    c0, c1, n0, n1,
+def coefficients(
+    backward, number, weight, bias, mean, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1, columns
 ):  # fmt: skip
-    none, width = spread(x, 0.0), lanes_in(x)
-    bits = 0 if mask is None else mask.size // channels * 8
-    past = _streams(dx, size) and (masked_dy is None or _streams(masked_dy, size))
-    factors = _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, c0, c1)
-    for n in range(n0, n1):
-        for ch in range(c0, c1):
-            a, b = spread(x, factors[0, ch - c0]), spread(x, factors[1, ch - c0])
-            c, middle = spread(x, factors[2, ch - c0]), spread(x, mean[ch])
-            at = (n * channels + ch) * size
-            for i in range(0, size, width):
-                g = load(dy, at + i, size - i, none)
-                if mask is not None:
-                    g = keep(_read_bits(mask, ch * bits + n * size + i), g)
-                if masked_dy is not None:
-                    if past:
-                        stream(masked_dy, at + i, g)
-                    else:
-                        store(masked_dy, at + i, size - i, g)
-                v = load(x, at + i, size - i, none) - middle
-                v = a * g + (b * v + c)
-                if past:
-                    stream(dx, at + i, v)
-                else:
-                    store(dx, at + i, size - i, v)
-
-
-# Panels: x is (M, K), vectors run along K neighbours, column k of channel k % C.
-
-
-@jit
-def _per_column(values, columns):
-    """One value per channel to one per column."""
-    out = np.empty(columns, values.dtype)
-    for j in range(0, columns, values.size):  # once for every position in a row
-        for c in range(min(values.size, columns - j)):
-            out[j + c] = values[c]
+    """p, q, a and the mean of channels c0 .. c1, again for every position in a row of columns."""
+    out, channels, share = np.empty((4, columns), number), c1 - c0, 1 / np.float64(count)
+    for k in range(channels):
+        c, factor = c0 + k, np.float64(inv_std[c0 + k])
+        a = weight[c] * factor
+        out[2, k], out[3, k] = a, mean[c]
+        if backward:
+            out[0, k], out[1, k] = -a * factor * sum_dy_x_hat[c] * share, -a * sum_dy[c] * share
+        else:
+            out[0, k], out[1, k] = a, bias[c]
+    for i in range(4):
+        for k in range(channels, columns):
+            out[i, k] = out[i, k - channels]
     return out
 
 
 @inlined
-def _panel_rows(x, near, s, q, at, columns, size, rows):
-    """Add d and d² of some rows to the sums of their columns, and ask for the rows that follow.
-
-    Those are asked for in the order of memory: what fetches ahead of itself in a processor follows
-    one stream much better than several.
-    """
-    none, width = spread(x, 0.0), lanes_in(x)
-    for k in range(0, size, width):
-        left = size - k
-        middle = load(near, k, left, none)
-        sum_d, sum_d2 = load(s, k, left, none), load(q, k, left, none)
-        for j in range(rows):
-            ahead = at + rows * (columns + k) + j * width
-            if rows == 4:
-                fetch(x, ahead)
-            elif rows == 8:
-                fetch_far(x, ahead)
-            d = load(x, at + j * columns + k, left, none) - middle
-            sum_d, sum_d2 = sum_d + d, sum_d2 + d * d
-        store(s, k, left, sum_d)
-        store(q, k, left, sum_d2)
-
-
-@jit
-def panel_moments(x, like, channels, columns, k0, k1, r0, r1, out):
-    """Mean and m2 of the channels of columns k0 .. k1 of rows r0 .. r1, to ``out[:, c]``."""
-    none, width, size = spread(x, 0.0), lanes_in(x), k1 - k0
-    near, s, q = np.empty((3, size + _APART), like.dtype)
-    mean, m2 = np.zeros((2, size))
-    first = min(r0 + 8, r1)
-    part = spread(x, 1 / (first - r0))
-    for k in range(0, size, width):
-        v = none
-        for i in range(r0, first):
-            v = v + load(x, i * columns + k0 + k, size - k, none) * part
-        store(near, k, size - k, v)
-    r, end = r0, min(r0 + 32, r1)
-    while r < r1:
-        s[:], q[:] = 0, 0
-        i = r
-        if size <= _NARROW:
-            while i + 4 <= end:
-                _panel_rows(x, near, s, q, i * columns + k0, columns, size, 4)
-                i += 4
-        else:
-            while i + 8 <= end:
-                _panel_rows(x, near, s, q, i * columns + k0, columns, size, 8)
-                i += 8
-        while i < end:
-            _panel_rows(x, near, s, q, i * columns + k0, columns, size, 1)
-            i += 1
-        part = np.float64(end - r)
-        before, share = np.float64(r - r0), 1 / part
-        for k in range(size):
-            rest = s[k] * share
-            mean[k], m2[k] = _merged(
-                before, mean[k], m2[k], part, near[k] + rest, q[k] - s[k] * rest
-            )
-        for k in range(size):
-            near[k] = mean[k]
-        r, end = end, min(end + min(3 * (end - r0), _ROWS), r1)
-    first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
-    for c in range(first.size):
-        first[c], second[c] = mean[c], m2[c]
-    for j in range(channels, size, channels):  # further positions in a row
-        before = np.float64(j // channels * (r1 - r0))
-        merge(before, first, second, np.float64(r1 - r0), mean[j:], m2[j:])
+def _put(to, at, left, v, past):
+    """to[at : at + left] = v, past the caches where that is allowed."""
+    if past:
+        stream(to, at, v)
+    else:
+        store(to, at, left, v)
 
 
 @inlined
-def _panel_normalize_piece(
-    x, residual, y, mask, columns, middles, shifts, scales, floor, past, at, size, further
-):
-    """Normalise so many columns of one row, and ask for what stands some rows further on."""
-    none, width, end = spread(x, 0.0), lanes_in(x), (at + size + 7) >> 3
-    if mask is not None:
-        before = _bits_before(mask, at)
-    for k in range(0, size, width):
-        if further:
-            fetch_far(x, at + k + further * columns)
-        middle, shift = load(middles, k, size - k, none), load(shifts, k, size - k, none)
-        scale = load(scales, k, size - k, none)
-        v = (load(x, at + k, size - k, none) - middle) * scale + shift
-        if residual is not None:
-            v = v + load(residual, at + k, size - k, none)
-        v = as_stored(y, at_least(v, floor))
-        if past:
-            stream(y, at + k, v)
-        else:
-            store(y, at + k, size - k, v)
-        if mask is not None:
-            last = positive(v)
-            _write_bits(mask, at + k, before, last, end)
-            before = last >> (width - (at & 7))
-
-
-@jit
-def _panel_normalize(
-    x, residual, y, mask, columns, weight, bias, mean, inv_std, floor, k0, k1, r0, r1
-):
-    size, floor, past = k1 - k0, spread(x, floor), _streams(y, columns)
-    middles, shifts = _per_column(mean[k0:], size), _per_column(bias[k0:], size)
-    scales, weights = _per_column(inv_std[k0:], size), _per_column(weight[k0:], size)
-    for k in range(size):
-        scales[k] *= weights[k]
-    if size <= 2 * _NARROW or columns % 8:
-        for r in range(r0, r1):
-            _panel_normalize_piece(
-                x, residual, y, mask, columns, middles, shifts, scales, floor, past,
-                r * columns + k0, size, 0,
-            )  # fmt: skip
-        return
-    # Coefficients of so many columns do not stay in the first-level cache from row to row.
-    for first in range(r0, r1, 4):
-        for k in range(0, size, _NARROW):
-            for r in range(first, min(first + 4, r1)):
-                _panel_normalize_piece(
-                    x, residual, y, mask, columns, middles[k:], shifts[k:], scales[k:], floor, past,
-                    r * columns + k0 + k, min(size - k, _NARROW), 4,
-                )  # fmt: skip
-
-
-@inlined
-def _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, rows):
-    """The same for sums of dy and of dy (x - mean)."""
-    none, width = spread(x, 0.0), lanes_in(x)
-    for k in range(0, size, width):
-        left = size - k
-        middle = load(middles, k, left, none)
-        sum_g, sum_gd = load(s, k, left, none), load(q, k, left, none)
-        for j in range(rows):
-            ahead = at + rows * (columns + k) + j * width
-            if rows == 4:
-                fetch(dy, ahead)
-                fetch(x, ahead)
-            elif rows == 8:
-                fetch_far(dy, ahead)
-                fetch_far(x, ahead)
-            i = at + j * columns + k
-            g = load(dy, i, left, none)
-            if mask is not None:
-                g = keep(_read_bits(mask, i), g)
-            sum_g = sum_g + g
-            sum_gd = sum_gd + g * (load(x, i, left, none) - middle)
-        store(s, k, left, sum_g)
-        store(q, k, left, sum_gd)
-
-
-@jit
-def _panel_gradient_sums(dy, x, mask, mean, channels, columns, k0, k1, r0, r1, out):
-    size = k1 - k0
-    middles = _per_column(mean[k0:], size)
-    s, q = np.empty((2, size + _APART), mean.dtype)
-    first, second = out[0, k0 : min(k1, channels)], out[1, k0 : min(k1, channels)]
-    first[:], second[:] = 0, 0
-    in_cache = size <= _NARROW // 2 and x.size * x.itemsize < 2 * _STREAM_FROM
-    for r in range(r0, r1, _ROWS):
-        s[:], q[:] = 0, 0
-        i, end = r, min(r + _ROWS, r1)
-        if size > _NARROW:
-            while i + 8 <= end:
-                at = i * columns + k0
-                _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, 8)
-                i += 8
-        elif in_cache:
-            while i + 4 <= end:
-                at = i * columns + k0
-                _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, 4)
-                i += 4
-        while i < end:
-            at = i * columns + k0
-            _panel_gradient_rows(dy, x, mask, middles, s, q, at, columns, size, 1)
-            i += 1
-        for j in range(0, size, channels):
-            for c in range(first.size):
-                first[c] += s[j + c]
-                second[c] += q[j + c]
-
-
-@inlined
-def _panel_gradient_piece(
-    dy, x, dx, masked_dy, mask, columns, all_a, all_b, all_c, middles, past, at, size, further
-):
-    none, width = spread(x, 0.0), lanes_in(x)
-    for k in range(0, size, width):
-        if further:
-            fetch_far(dy, at + k + further * columns)
-            fetch_far(x, at + k + further * columns)
-        a, b = load(all_a, k, size - k, none), load(all_b, k, size - k, none)
-        c, middle = load(all_c, k, size - k, none), load(middles, k, size - k, none)
-        g = load(dy, at + k, size - k, none)
-        if mask is not None:
-            g = keep(_read_bits(mask, at + k), g)
-        if masked_dy is not None:
-            if past:
-                stream(masked_dy, at + k, g)
-            else:
-                store(masked_dy, at + k, size - k, g)
-        v = a * g + (b * (load(x, at + k, size - k, none) - middle) + c)
-        if past:
-            stream(dx, at + k, v)
-        else:
-            store(dx, at + k, size - k, v)
-
-
-@jit
-def _panel_gradient(
-    dy, x, dx, masked_dy, mask, columns, weight, mean, inv_std, sum_dy, sum_dy_x_hat, count,
-    k0, k1, r0, r1,
-):  # fmt: skip
-    size, c1 = k1 - k0, min(k1, mean.size)
-    factors = _coefficients(weight, inv_std, sum_dy, sum_dy_x_hat, count, k0, c1)
-    all_a, all_b = _per_column(factors[0], size), _per_column(factors[1], size)
-    all_c, middles = _per_column(factors[2], size), _per_column(mean[k0:], size)
-    past = _streams(dx, columns) and (masked_dy is None or _streams(masked_dy, columns))
-    if size <= 2 * _NARROW or columns % 8:
-        for r in range(r0, r1):
-            _panel_gradient_piece(
-                dy, x, dx, masked_dy, mask, columns, all_a, all_b, all_c, middles, past,
-                r * columns + k0, size, 0,
-            )  # fmt: skip
-        return
-    for first in range(r0, r1, 4):
-        for k in range(0, size, _NARROW):
-            for r in range(first, min(first + 4, r1)):
-                _panel_gradient_piece(
-                    dy, x, dx, masked_dy, mask, columns, all_a[k:], all_b[k:], all_c[k:],
-                    middles[k:], past, r * columns + k0 + k, min(size - k, _NARROW), 4,
-                )  # fmt: skip
-
-
-# What is absent is None: Numba compiles loops which do not ask for it.
-
-
-@jit
-def normalize(
-    panel, x, residual, y, mask, channels, size, weight, bias, mean, inv_std, floor,
+def apply(
+    panel, dy, x, residual, y, masked_dy, mask, mask_end, floor, past, f, channels, size,
     c0, c1, k1, r0, r1,
 ):  # fmt: skip
-    rest = (weight, bias, mean, inv_std, floor, c0)
-    if panel:
-        _panel_normalize(x, residual, y, mask, channels * size, *rest, k1, r0, r1)
-    else:
-        _rows_normalize(x, residual, y, mask, channels, size, *rest, c1, r0, r1)
-
-
-@jit
-def gradient_sums(panel, dy, x, mask, channels, size, mean, c0, c1, k1, r0, r1, out):
-    if panel:
-        _panel_gradient_sums(dy, x, mask, mean, channels, channels * size, c0, k1, r0, r1, out)
-    else:
-        _rows_gradient_sums(dy, x, mask, channels, size, mean, c0, c1, r0, r1, out)
-
-
-@jit
-def gradient(
-    panel, dy, x, dx, masked_dy, mask, channels, size, weight, mean, inv_std, sum_dy, sum_dy_x_hat,
-    count, c0, c1, k1, r0, r1,
-):  # fmt: skip
-    rest = (weight, mean, inv_std, sum_dy, sum_dy_x_hat, count, c0)
-    if panel:
-        _panel_gradient(dy, x, dx, masked_dy, mask, channels * size, *rest, k1, r0, r1)
-    else:
-        _rows_gradient(dy, x, dx, masked_dy, mask, channels, size, *rest, c1, r0, r1)
+    """Write the outputs of channels c0 .. c1, in a panel columns c0 .. k1, of rows r0 .. r1."""
+    none, width, columns, before = spread(x, 0.0), lanes_in(x), f.shape[1], np.int64(0)
+    floor, bits, length = spread(x, floor), mask_end // channels * 8, k1 - c0 if panel else size
+    for r in range(r0, r1):
+        for c in range(c0, c0 + 1 if panel else c1):
+            if panel:
+                at = bit = r * channels * size + c0
+                end = (at + length + 7) >> 3
+            else:
+                at, bit = (r * channels + c) * size, c * bits + r * size
+                end = (c * bits + r1 * size + 7) >> 3
+            if dy is None and mask is not None:
+                before = np.int64(mask[bit >> 3]) & ((1 << (bit & 7)) - 1)
+            p, q = spread(x, f[0, c - c0]), spread(x, f[1, c - c0])
+            a, middle = spread(x, f[2, c - c0]), spread(x, f[3, c - c0])
+            for k in range(0, length, width):
+                left = length - k
+                if panel:
+                    p, q = load(f, k, left, none), load(f, columns + k, left, none)
+                    middle = load(f, 3 * columns + k, left, none)
+                    if dy is not None:
+                        a = load(f, 2 * columns + k, left, none)
+                v = p * (load(x, at + k, left, none) - middle) + q
+                if dy is not None:
+                    g = load(dy, at + k, left, none)
+                    if mask is not None:
+                        g = keep(_read_bits(mask, bit + k, mask_end), g)
+                    if masked_dy is not None:
+                        _put(masked_dy, at + k, left, g, past)
+                    _put(y, at + k, left, a * g + v, past)
+                else:
+                    if residual is not None:
+                        v = v + load(residual, at + k, left, none)
+                    v = as_stored(y, at_least(v, floor))
+                    _put(y, at + k, left, v, past)
+                    if mask is not None:
+                        last = positive(v)
+                        _write_bits(mask, bit + k, before, last, end)
+                        before = last >> (width - (bit & 7))
