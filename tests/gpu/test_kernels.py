@@ -198,7 +198,7 @@ def test_the_four_primitives(layout, with_residual, relu):
         assert torch.equal(gpu.unpack_mask(mask, x), expected > 0)
     assert_close(y, expected, 2e-6)
     var = inv_std**-2 - EPS  # and the same by one kernel, from the variance
-    y, found = gpu._evaluate(x, mean, var, EPS, w, b, residual, relu, mask)
+    y, found = gpu.inv_std_and_normalize(x, mean, var, w, b, EPS, residual, relu, mask)
     assert_close(y, expected, 4e-6)
     assert_close(found, inv_std, 2e-6)
     expected = reference.grad_sums(dyd, xd, md, rd)

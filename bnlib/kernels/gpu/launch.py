@@ -51,19 +51,18 @@ class GpuKernels(Kernels):
         x = dense(x)
         return _apply(x, _shape(x), (mean, inv_std, None, weight, bias), 0.0, residual, relu, mask)
 
-    def _evaluate(
+    def _inv_std_and_normalize(
         self,
         x: Tensor,
         mean: Tensor,
         var: Tensor,
-        eps: float,
         weight: Tensor | None,
         bias: Tensor | None,
+        eps: float,
         residual: Tensor | None,
         relu: bool,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return y and inv_std, by one kernel."""
         x, (inv_std,) = dense(x), _new(x, 1)
         vectors = (mean, inv_std, var, weight, bias)
         return _apply(x, _shape(x), vectors, eps, residual, relu, mask), inv_std
