@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by the interpreter, compiled for a GPU, and refused."""
+"""The Triton kernels without a GPU: compiled for one, and refused; tests/gpu runs them."""
 
 from __future__ import annotations
 
@@ -74,19 +74,6 @@ def test_auto_takes_the_gpu_for_tensors_on_it(monkeypatch):
             is_cpu=False, is_cuda=True, numel=lambda: 1, is_supported=is_supported
         )
         assert functional._kernels(on, "auto") is expected
-
-
-# --- In the interpreter ---------------------------------------------------------------------------
-
-
-@needs_triton
-@pytest.mark.parametrize("file", ["kernels_gpu_interpreted.py", "test_compile.py"])
-def test_against_float64_in_the_interpreter(file):
-    arguments = ("-q", "-p", "no:cacheprovider", "-W", "error")
-    code, said = python("-m", "pytest", *arguments, f"tests/{file}", TRITON_INTERPRET="1")
-    assert code == 0, said
-    skipped = r"(, \d+ skipped)?" if file == "test_compile.py" else ""  # without a C++ compiler
-    assert re.search(rf"^[1-9]\d* passed{skipped} in", said, re.MULTILINE), said
 
 
 # --- Compiled for a GPU ---------------------------------------------------------------------------
