@@ -7,6 +7,8 @@ PY := .venv/bin/python
 STAMP := .venv/.installed
 # The second one shows exercises, figures and citations in JupyterLab as the page does.
 JUPYTERLAB := jupyterlab==4.5.11 jupyterlab-myst==2.7.0
+# What compiles no kernel, builds no page and opens no browser.
+QUICK := $(addprefix tests/test_,axes.py statistics.py reference.py imports.py nn.py)
 SAY := @printf '\n== %s\n'
 
 # One thread: on the small tensors of this book more threads are slower, and change the last bits.
@@ -22,7 +24,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help book offline test lab notebooks bench audit linkcheck clean
+.PHONY: help book offline style test quick lab notebooks bench audit linkcheck clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,20 +50,31 @@ offline: book  ## make one zip of the book that needs no network, and an EPUB
 	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) $(PY) -c 'from jupyter_book.cli.main import main; main()' build . -W -n --keep-going --builder custom --custom-builder epub
 	@$(PY) tools/offline.py
 
-test: $(STAMP)  ## check style and types, run every test and every notebook
+style: $(STAMP)  ## check style and types alone
 	$(SAY) "Style"
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	$(SAY) "Types"
 	@$(PY) -m mypy
+
+# SELECT='-m "not pages"' leaves out what needs the built book or a browser.
+test: style  ## check style and types, run every test and every notebook
 	$(SAY) "Tests, and every notebook against its stored outputs"
-	@$(PY) -m pytest -n 2 --dist loadfile --nbval tests book
+	@$(PY) -m pytest -n 2 --dist loadfile --durations 20 --nbval $(SELECT) tests book
+	$(SAY) "The GPU kernels in Triton's interpreter"
+	@if $(PY) -c 'from importlib.util import find_spec as f; exit(not f("triton"))'; then \
+	  TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist worksteal --durations 20 tests/gpu; \
+	else echo "Not run: triton has no package for this platform"; fi
+
+quick: style  ## check style, types and the core: no browser, no kernels, under a minute
+	$(SAY) "Tests of the core"
+	@$(PY) -m pytest -q -n 2 $(QUICK)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(PY) -c 'import jupyterlab, jupyterlab_myst' 2>/dev/null || $(PY) -m pip install -c requirements.txt $(JUPYTERLAB)
 	@$(PY) -m jupyterlab book
 
-notebooks: $(STAMP)  ## execute every notebook and store its outputs
+notebooks: $(STAMP)  ## execute every notebook and store the outputs that differ
 	@$(PY) tools/run_notebooks.py
 
 bench: $(STAMP)  ## measure the CPU kernels against PyTorch, on a quiet machine

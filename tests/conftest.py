@@ -13,17 +13,41 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "book" / "_ext")]
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+NEED_PAGES = {"site", "published", "epub", "chromium"}
 
 
-def build(factory, builder, *options, to="site", **environment):
-    """Run a builder with every warning an error; once, however many workers there are."""
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pages: needs the built book or a browser (set by itself)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if NEED_PAGES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("pages")
+
+
+def find_chromium():
+    """The path of the system's Chromium; without one, tests are skipped here and fail under CI."""
+    if found := next(filter(None, map(shutil.which, BROWSERS)), None):
+        return found
+    lacking = pytest.fail if os.environ.get("CI") else pytest.skip
+    lacking("no Chromium on this machine: install chromium to run the browser tests")
+
+
+def build(factory, builder, *options, to="site", read=(), **environment):
+    """Run a builder with every warning an error; once, however many workers there are.
+
+    `read` are the folders in which another build has left what it read.
+    """
     shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
     out = shared / to
     with FileLock(shared / f"{to}.{builder}.lock"):
         if not (out / f"{builder}.done").is_file():
+            for folder in read:
+                shutil.copytree(folder, out / "_build" / folder.name)
             program = "from jupyter_book.cli.main import main; main()"
             options = ["-W", "-n", "--keep-going", "--path-output", str(out), *options]
             inherited = {k: v for k, v in os.environ.items() if k != "GITHUB_REPOSITORY"}
@@ -49,10 +73,14 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory):
-    """The pages as the publishing workflow builds them, which knows the repository's address."""
+def published(site, tmp_path_factory):
+    """The pages as the publishing workflow builds them, which knows the repository's address.
+
+    They are written from what `site` has read; only what depends on the address is read again.
+    """
     address = {"GITHUB_REPOSITORY": "Some-One/axis-book"}
-    return build(tmp_path_factory, "html", to="published", **address)
+    read = [site.parent / name for name in (".doctrees", "jupyter_execute")]
+    return build(tmp_path_factory, "html", to="published", read=read, **address)
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +94,7 @@ def epub(site, tmp_path_factory):
 @pytest.fixture(scope="session")
 def chromium():
     """The path of the system's Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: install chromium to run the browser tests")
-    return CHROMIUM
+    return find_chromium()
 
 
 @pytest.fixture(scope="session")

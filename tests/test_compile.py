@@ -1,7 +1,6 @@
 """The layer under torch.compile and torch.export, with a backend's kernels as one operator.
 
-The kernels are Numba's; test_kernels_gpu.py runs this file a second time, with Triton's
-interpreter, for the GPU's.
+The kernels are Numba's; gpu/test_gpu_operator.py takes three of these tests for the GPU's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by the interpreter, compiled for a GPU, and refused."""
+"""The Triton kernels without a GPU: compiled for one, and refused; tests/gpu runs them."""
 
 from __future__ import annotations
 
