@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import itertools
 import re
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 
 import bnlib
 from bnlib.book.colors import AXIS_COLORS
@@ -552,12 +554,7 @@ def test_paper_has_the_answer_and_no_menus(page):
 # --- The photographs beside the numbers -----------------------------------------------------------
 
 PICTURE = """() => {
-  const shown = document.querySelector(".axis-explorer canvas");
-  const { width, height } = shown;
-  const canvas = Object.assign(document.createElement("canvas"), { width, height });
-  const pen = canvas.getContext("2d", { willReadFrequently: true });
-  pen.drawImage(shown, 0, 0);
-  return [[...pen.getImageData(0, 0, width, height).data], height, width];
+  return document.querySelector(".axis-explorer canvas").toDataURL().split(",")[1];
 }"""
 
 
@@ -575,8 +572,8 @@ def test_photographs_beside_show_the_same_norm(page):
             "at": at,
         }
         answer = expected(beside)
-        data, height, width = page.evaluate(PICTURE)
-        pixels = np.array(data).reshape(height, width, 4)
+        png = io.BytesIO(base64.b64decode(page.evaluate(PICTURE)))
+        pixels = np.asarray(Image.open(png).convert("RGBA"))
         for n in range(beside["shape"][0]):
             for k, (h, w) in itertools.product(range(4), np.ndindex(8, 8)):
                 square = pixels[27 * k + 3 * h :, 27 * n + 3 * w :][:3, :3]
