@@ -78,8 +78,8 @@ def batch_norm(
         stay as they are.
 
     Raises:
-        TypeError: a tensor that is not real floating; for backend "cpu" or "gpu" a parameter or
-            residual of a subclass or layout that kernels cannot read.
+        TypeError: a tensor that is not real floating; for backend "cpu" or "gpu" a dtype, subclass
+            or layout that the kernels cannot read.
         ValueError: a shape, a device, ``eps``, ``activation`` or ``backend`` that makes no sense;
             one value per channel, or running statistics that require a gradient, in training;
             evaluation without running statistics; a backend that does not take the input.
