@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bnlib import modes, operator, passes, reference
-from bnlib.kernels import load
+from bnlib.kernels import Kernels, load
 from bnlib.kernels.base import inverse_std, move_running
-from bnlib.kernels.choose import BACKENDS, choose
+from bnlib.kernels.choose import BACKENDS, FAST, choose
 from bnlib.kernels.tensors import check_count, check_layer, check_plain, in_memory, is_plain
 
 
@@ -117,7 +117,7 @@ def batch_norm(
             raise ValueError("expected running statistics that require no gradient in training")
         unfused = _differentiable
     elif group is None and modes.is_recorded():
-        forced = backend in ("cpu", "gpu") and input.numel() > 0
+        forced = backend in FAST and input.numel() > 0
         if forced and not modes.is_transformed(input, weight, bias, residual):
             return operator.batch_norm(*tensors, residual, activation == "relu", *how, backend)
         unfused = torch.nn.functional.batch_norm
@@ -132,7 +132,7 @@ def batch_norm(
     plain = is_plain(*tensors, residual)
     if not plain:
         input, weight, bias, residual = map(in_memory, (input, weight, bias, residual))
-        if backend in ("cpu", "gpu"):
+        if backend in FAST:
             check_plain(running_mean=running_mean, running_var=running_var)
             check_plain(weight=weight, bias=bias, residual=residual)
         plain = is_plain(input, running_mean, running_var, weight, bias, residual)
@@ -142,6 +142,13 @@ def batch_norm(
         apply = torch.compiler.disable(_BatchNorm.apply)
     options = (running_mean, running_var, *how, relu, group, kernels, torch.is_grad_enabled())
     return apply(input, weight, bias, residual, options)
+
+
+# Running statistics, training, momentum, ε, ReLU, group, kernels, and whether grad is enabled.
+_Options = tuple[
+    Tensor | None, Tensor | None, bool, float, float, bool,
+    "torch.distributed.ProcessGroup | None", Kernels, bool,
+]  # fmt: skip
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -154,7 +161,7 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        options: tuple[Any, ...],  # in one piece: every argument takes time
+        options: _Options,  # in one piece: every argument takes time
     ) -> Tensor:
         running_mean, running_var, training, momentum, eps, relu, group, kernels, enabled = options
         needs_grad = enabled and any(ctx.needs_input_grad)  # in here no gradient is ever enabled
@@ -171,6 +178,7 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight, mean, inv_std, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        kernels: Kernels
         eps, group, kernels, count, hooked = ctx.options
         is_first = not (torch.is_grad_enabled() or modes.is_batched(dy))
         plain, trusted = is_plain(dy), not hooked

@@ -15,6 +15,7 @@ from torch import Tensor
 from bnlib import passes
 from bnlib.kernels import Kernels, load
 from bnlib.kernels.base import move
+from bnlib.kernels.choose import FAST
 from bnlib.kernels.tensors import check_count, check_layer, check_like, dense
 
 
@@ -182,8 +183,8 @@ forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _kernels(backend: str) -> Kernels:
-    if backend not in ("cpu", "gpu"):
-        raise ValueError(f"expected backend 'cpu' or 'gpu', got {backend!r}")
+    if backend not in FAST:
+        raise ValueError(f"expected a backend of {FAST}, got {backend!r}")
     return load(backend)
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from test_form import OLDER
 from words import LETTERS, alt_problem
 
 from bnlib.book.colors import AXIS_COLORS
@@ -210,7 +211,6 @@ def self_contained(nb):
 
 
 RULES = [
-    skeleton,
     exercises,
     summary,
     executed,
@@ -232,6 +232,11 @@ def test_there_are_chapters():
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.__name__)
 def test_chapter(rule, path):
     assert rule(nbformat.read(path, as_version=4)) == []
+
+
+@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.stem in OLDER], ids=lambda p: p.stem)
+def test_an_older_chapter_has_its_sections(path):
+    assert skeleton(nbformat.read(path, as_version=4)) == []
 
 
 # --- Each of these rules can fail -----------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 TEMPLATE = nbformat.read(BOOK / "template.ipynb", as_version=4)
-# These were written before; `test_book.skeleton` knows their sections.
+# These were written before, and have the sections that `test_book.skeleton` knows.
 OLDER = {
     "which-axes", "channels", "forward", "backward", "gpu", "distributed", "folding",
 }  # fmt: skip

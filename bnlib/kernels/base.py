@@ -48,8 +48,8 @@ class Kernels:
         """Return count, mean and sum of squared deviations per channel: :func:`bnlib.moments`.
 
         Returns:
-            :class:`~bnlib.Moments`, the mean of at least float32, m2 float64. NaN and infinity pass
-            through.
+            :class:`~bnlib.Moments`, the mean of at least float32, m2 float64 where the device has
+            it. NaN and infinity pass through.
         """
         if not trusted:
             self._check(x)

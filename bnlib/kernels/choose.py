@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnlib.kernels.base import Kernels
 
-BACKENDS = ("auto", "reference", "cpu", "gpu")
-_MODULES = {"reference": "plain", "cpu": "cpu.launch", "gpu": "gpu.launch"}
+FAST = ("cpu", "gpu")  # each a folder with a `launch.py`, in which `tier` is
+BACKENDS = ("auto", "reference", *FAST)
 
 
 @functools.cache
@@ -25,9 +25,10 @@ def load(name: str) -> Kernels:
         ImportError: Numba or Triton is missing.
         ValueError: another name.
     """
-    if name not in _MODULES:
-        raise ValueError(f"expected a tier of {tuple(_MODULES)}, got {name!r}")
-    kernels: Kernels = importlib.import_module(f"bnlib.kernels.{_MODULES[name]}").tier
+    if name not in BACKENDS[1:]:
+        raise ValueError(f"expected a tier of {BACKENDS[1:]}, got {name!r}")
+    module = f"{name}.launch" if name in FAST else "plain"
+    kernels: Kernels = importlib.import_module(f"bnlib.kernels.{module}").tier
     return kernels
 
 
