@@ -16,7 +16,6 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from test_form import OLDER
 from words import LETTERS, alt_problem
 
 from bnlib.book.colors import AXIS_COLORS
@@ -24,6 +23,10 @@ from bnlib.book.colors import AXIS_COLORS
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(p for p in BOOK.glob("*/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+# These were written before the form that test_form.py checks, and have sections of their own.
+OLDER = {
+    "which-axes", "channels", "forward", "backward", "gpu", "distributed", "folding",
+}  # fmt: skip
 SECTIONS = [
     "What you will be able to do",
     "Prerequisites",

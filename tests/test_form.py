@@ -12,13 +12,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from test_book import OLDER, draws, prose, replace
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 TEMPLATE = nbformat.read(BOOK / "template.ipynb", as_version=4)
-# These were written before, and have the sections that `test_book.skeleton` knows.
-OLDER = {
-    "which-axes", "channels", "forward", "backward", "gpu", "distributed", "folding",
-}  # fmt: skip
 CHAPTERS = [
     path
     for path in sorted(BOOK.rglob("*.ipynb"))
@@ -42,10 +39,6 @@ LONGEST = 74  # characters in a line of code: what fits beside the contents list
 SCRATCH = 20  # lines
 
 
-def prose(nb):
-    return "\n\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-
-
 def box(nb):
     """The title, and under it one box: the question, what it is good for, what it needs."""
     head = nb.cells[0].source
@@ -62,10 +55,6 @@ def sections(nb):
     found = [h for h in re.findall(r"^## +(.+?) *$", prose(nb), re.MULTILINE)]
     wanted = [s for s in SECTIONS if s in found or s not in OPTIONAL]
     return [] if found == wanted else [f"expected the sections {wanted}, got {found}"]
-
-
-def draws(cell):
-    return any("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
 
 
 def early_picture(nb):
@@ -117,15 +106,6 @@ RULES = [box, sections, early_picture, folded_drawings, short_lines, from_scratc
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_chapter(rule, path):
     assert rule(nbformat.read(path, as_version=4)) == []
-
-
-def replace(old, new):
-    def spoil(nb):
-        assert any(old in cell.source for cell in nb.cells)
-        for cell in nb.cells:
-            cell.source = cell.source.replace(old, new)
-
-    return spoil
 
 
 def swap_sections(nb):

@@ -8,6 +8,7 @@ that have been checked, with the channels on axis 1, and none that is empty.
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from bnlib.kernels.tensors import check_layout, check_like, check_mask, check_pl
 from bnlib.statistics import Moments
 
 
-class Kernels:
+class Kernels(abc.ABC):
     """The entries of one tier.
 
     In all of them x has shape (N, C, ...) or its channels on ``channel_axis``, any strides, and
@@ -237,13 +238,14 @@ class Kernels:
 
     # --- What a tier brings -----------------------------------------------------------------------
 
+    @abc.abstractmethod
     def reaches(self, x: Tensor) -> bool:
         """Return whether ``x`` is on the tier's device."""
-        raise NotImplementedError
 
-    def _moments(self, x: Tensor) -> Moments:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _moments(self, x: Tensor) -> Moments: ...
 
+    @abc.abstractmethod
     def _normalize(
         self,
         x: Tensor,
@@ -254,14 +256,14 @@ class Kernels:
         residual: Tensor | None,
         relu: bool,
         mask: Tensor | None,
-    ) -> Tensor:
-        raise NotImplementedError
+    ) -> Tensor: ...
 
+    @abc.abstractmethod
     def _grad_sums(
         self, dy: Tensor, x: Tensor, mean: Tensor, inv_std: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    ) -> tuple[Tensor, Tensor]: ...
 
+    @abc.abstractmethod
     def _grad_input(
         self,
         dy: Tensor,
@@ -274,8 +276,7 @@ class Kernels:
         count: int,
         mask: Tensor | None,
         dresidual: Tensor | None,
-    ) -> Tensor:
-        raise NotImplementedError
+    ) -> Tensor: ...
 
     # --- What a tier may bring: passes that it fuses, memory that it knows how to ask for ---------
 
