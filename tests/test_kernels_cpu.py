@@ -1,8 +1,11 @@
 """bnlib.kernels.cpu: equal to the reference, the same bits on any number of threads."""
 
 import concurrent.futures
+import inspect
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,6 +264,28 @@ def test_another_process_finds_what_was_compiled(backward):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "1"
+
+
+def test_an_edited_loop_is_compiled_again(tmp_path):
+    """Numba's cache would look only at the file that defines a kernel, not at its loops."""
+    kernel = launch.make_kernel(*launch._STORED[torch.float32], False, False, False, 7)
+    assert inspect.getclosurevars(kernel).nonlocals["sources"] == 7  # and so it is in the key
+    package = Path(launch.__file__).parents[2]
+    copy = shutil.copytree(
+        package, tmp_path / "bnlib", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    code = "from bnlib.kernels.cpu import launch; print(launch._SOURCES)"
+
+    def sources():
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert sources() == launch._SOURCES
+    with (copy / "kernels" / "cpu" / "loops.py").open("a") as file:
+        file.write("# edited\n")
+    assert sources() != launch._SOURCES
 
 
 def test_a_late_thread_finds_the_work_done():

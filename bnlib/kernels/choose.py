@@ -21,6 +21,9 @@ def load(name: str) -> Kernels:
     Args:
         name: ``"reference"``, ``"cpu"`` or ``"gpu"``.
 
+    Returns:
+        The same :class:`~bnlib.kernels.Kernels` at every call.
+
     Raises:
         ImportError: Numba or Triton is missing.
         ValueError: another name.
