@@ -1,10 +1,11 @@
-"""What nbval leaves out: pictures are compared, and a chapter that cannot run here is skipped.
+"""What nbval leaves out: pictures are compared, and a chapter that cannot
+run here is skipped.
 
-The pictures come from the same execution as the text. matplotlib ships its own rasteriser and
-fonts, so an unchanged figure gives the same pixels up to a last-bit difference between two CPUs,
-which moves the shade of a few pixels on an edge. A marker that moves changes more than that.
+A figure is SVG, which matplotlib writes with fonts of its own: unchanged,
+it is the same file up to a last-bit difference between two CPUs.
 
-Triton has packages for Linux only. Without it the notebooks that import it are skipped.
+Triton has packages for Linux only. Without it the notebooks that import
+it are skipped.
 """
 
 from __future__ import annotations
@@ -21,49 +22,105 @@ import pytest
 from nbval.plugin import IPyNbCell, coalesce_streams, nocolors
 from PIL import Image
 
-SHADE = 8  # of 255: a smaller difference in a pixel is rounding
-SHARE = 1e-4  # of all pixels may differ by more than SHADE: 30 pixels of a 640 x 480 figure
-RASTER_TYPES = ("image/png", "image/jpeg")
+SVG = "image/svg+xml"
+POINTS = 0.05  # by which a line or a word may move: rounding
+SHADE = 8  # of 255: by which a pixel of a photograph may differ
 
 
-def pictures(outputs: list) -> list[bytes]:
+def pictures(outputs: list) -> list[str]:
     """The pictures among the outputs of a cell, in order."""
-    return [
-        base64.b64decode(output["data"][kind])
-        for output in outputs
-        if "data" in output
-        for kind in RASTER_TYPES
-        if kind in output["data"]
+    return [o["data"][SVG] for o in outputs if SVG in o.get("data", {})]
+
+
+_RASTER = re.compile(r'"data:image/png;base64,\s*([^"]*)"')
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def parts(svg: str) -> tuple[list[str], list[float], list[np.ndarray]]:
+    """A figure as words, numbers and photographs.
+
+    Names are made from numbers: they are counted instead.
+    """
+    for i, name in enumerate(
+        dict.fromkeys(re.findall(r'\bid="([^"]+)"', svg))
+    ):
+        svg = re.sub(
+            rf'(\bid="|#){re.escape(name)}(?=["\)])',
+            rf"\g<1>name{i}",
+            svg,
+        )
+    photographs = [
+        np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(data))).convert(
+                "RGBA"
+            ),
+            dtype=np.int16,
+        )
+        for data in _RASTER.findall(svg)
     ]
-
-
-def difference(stored: bytes, new: bytes) -> str | None:
-    """How two pictures differ beyond the tolerance, or None."""
-    a, b = (
-        np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"), dtype=np.int16)
-        for data in (stored, new)
+    svg = _RASTER.sub("", svg)
+    return (
+        _NUMBER.split(svg),
+        [float(n) for n in _NUMBER.findall(svg)],
+        photographs,
     )
-    if a.shape != b.shape:
-        return f"the stored picture has (height, width) {a.shape[:2]}, the new one {b.shape[:2]}"
-    share = float((np.abs(a - b).max(axis=-1) > SHADE).mean())
-    if share > SHARE:
-        return f"{share:.3%} of the pixels differ by more than {SHADE}/255, allowed is {SHARE:.3%}"
+
+
+def difference(stored: str, new: str) -> str | None:
+    """How two figures differ beyond the tolerance, or None."""
+    (
+        (words, numbers, photographs),
+        (new_words, new_numbers, new_photographs),
+    ) = (parts(svg) for svg in (stored, new))
+    if words != new_words:
+        return (
+            "other elements, colours or words than in the stored figure"
+        )
+    moved = max(
+        (abs(a - b) for a, b in zip(numbers, new_numbers, strict=True)),
+        default=0,
+    )
+    if moved > POINTS:
+        return (
+            f"something moved by {moved:.3g} points, allowed is {POINTS}"
+        )
+    for a, b in zip(photographs, new_photographs, strict=True):
+        if a.shape != b.shape:
+            return f"a photograph of shape {b.shape}, stored is {a.shape}"
+        if (apart := np.abs(a - b).max()) > SHADE:
+            return f"a photograph differs by {apart} of 255, not {SHADE}"
     return None
 
 
-def compare_pictures(stored: list[bytes], new: list[bytes]) -> str | None:
-    """How two lists of pictures differ, or None."""
+def compare_pictures(stored: list[str], new: list[str]) -> str | None:
+    """How two lists of figures differ, or None."""
     if len(stored) != len(new):
         return f"{len(stored)} pictures are stored, {len(new)} were drawn"
-    return next((d for pair in zip(stored, new, strict=True) if (d := difference(*pair))), None)
+    return next(
+        (
+            d
+            for pair in zip(stored, new, strict=True)
+            if (d := difference(*pair))
+        ),
+        None,
+    )
 
 
 # Of an output nbval compares all but this; the pictures come after it.
-SKIP = ("output_type", "name", "execution_count", "metadata", "traceback", *RASTER_TYPES)
+SKIP = (
+    "output_type",
+    "name",
+    "execution_count",
+    "metadata",
+    "traceback",
+    SVG,
+)
 _compare_text = IPyNbCell.compare_outputs
 
 
-def compare_outputs(self: IPyNbCell, test: list, ref: list, skip_compare=SKIP) -> bool:
+def compare_outputs(
+    self: IPyNbCell, test: list, ref: list, skip_compare=SKIP
+) -> bool:
     if not _compare_text(self, test, ref, skip_compare):
         return False
     problem = compare_pictures(pictures(ref), pictures(test))
@@ -81,12 +138,14 @@ class Outputs(IPyNbCell):
     parent = SimpleNamespace(sanitize_patterns={})
     colors = nocolors
 
-    def format_output_compare(self, key: str, left: str, right: str) -> None:
+    def format_output_compare(
+        self, key: str, left: str, right: str
+    ) -> None:
         pass
 
 
 def agree(stored: list, new: list) -> bool:
-    """Whether the tests would accept `new` where `stored` is in the notebook."""
+    """Whether the tests accept `new` in the place of `stored`."""
     ref, test = map(coalesce_streams, copy.deepcopy((stored, new)))
     return object.__new__(Outputs).compare_outputs(test, ref)
 
@@ -97,9 +156,17 @@ _IMPORTS_TRITON = re.compile(r"^\s*(import|from) triton\b", re.MULTILINE)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if importlib.util.find_spec("triton") is not None:
         return
-    skip = pytest.mark.skip(reason="needs triton, which has no package for this platform")
-    notebooks = {item.parent for item in items if isinstance(item, IPyNbCell)}
+    skip = pytest.mark.skip(
+        reason="needs triton, which has no package for this platform"
+    )
+    notebooks = {
+        item.parent for item in items if isinstance(item, IPyNbCell)
+    }
     for notebook in notebooks:
-        code = [cell.source for cell in notebook.nb.cells if cell.cell_type == "code"]
+        code = [
+            cell.source
+            for cell in notebook.nb.cells
+            if cell.cell_type == "code"
+        ]
         if any(map(_IMPORTS_TRITON.search, code)):
             notebook.add_marker(skip)

@@ -139,7 +139,7 @@ def every_cell_compared(nb):
 
 
 def draws(cell):
-    return any("image/png" in o.get("data", {}) for o in cell.get("outputs", []))
+    return any("image/svg+xml" in o.get("data", {}) for o in cell.get("outputs", []))
 
 
 def described(nb):
@@ -181,7 +181,7 @@ def outputs_of_any_machine(nb):
         for output in cell.outputs:
             text = [output.get("text", ""), *output.get("data", {}).values()]
             for found in (m for t in text if isinstance(t, str) and (m := local.search(t))):
-                if "image/png" not in output.get("data", {}):
+                if "image/svg+xml" not in output.get("data", {}):
                     problems.append(f"{cell.id} prints {found[0]!r}, which is this machine's")
     return problems
 
@@ -249,7 +249,7 @@ def example():
     """The smallest notebook that keeps every rule."""
     nb = new_notebook()
     text, code = new_markdown_cell, new_code_cell
-    picture = new_output("display_data", {"image/png": "", "text/plain": "<Figure size 9x9>"})
+    picture = new_output("display_data", {"image/svg+xml": "", "text/plain": "<Figure size 9x9>"})
     nb.cells.append(text("# Title"))
     for title in SECTIONS:
         nb.cells.append(text(f"## {title}"))

@@ -37,7 +37,7 @@ def draw() -> Image.Image:
     card.alpha_composite(block, (SIZE[0] - block.width, (SIZE[1] - block.height) // 2))
     pen = ImageDraw.Draw(card)
     for i, shades in enumerate(AXIS_COLORS.values()):
-        pen.rectangle((48 + 22 * i, 118, 63 + 22 * i, 178), fill=shades.figure)
+        pen.rectangle((48 + 22 * i, 118, 63 + 22 * i, 178), fill=shades.light)
     title = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["title"]
     words = title.replace(" ", "\n", 2)
     pen.multiline_text((48, 206), words, PAGE.dark, font("DejaVuSans-Bold.ttf", 38), spacing=12)

@@ -1,4 +1,4 @@
-"""The colours of the four axes and of the page, each for light and dark."""
+"""The colours of the book, each for the light and for the dark page."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from typing import NamedTuple
 
 
 class Shades(NamedTuple):
-    """One colour in three shades, each as ``#rrggbb``.
+    """One colour as ``#rrggbb``, with a contrast to its page of at least 4.5 to 1.
 
-    Attributes:
-        light: for text on a white page (contrast at least 4.5 to 1).
-        dark: for text on the dark page.
-        figure: for figures, at least 3 to 1 on both pages.
+    A figure is drawn in the shades for the light page; the book's pages show a copy in the shades
+    for the dark page where that is the reader's.
     """
 
     light: str
     dark: str
-    figure: str
 
 
-# The figure shades are Okabe and Ito's blue, vermillion, bluish green and reddish purple, chosen by
-# them to be told apart by colour-blind readers. book/_static/book.css repeats all three shades.
+# Kin of Okabe and Ito's blue, vermillion, bluish green and reddish purple, which colour-blind
+# readers can tell apart. book/_static/book.css repeats them.
 AXIS_COLORS = {
-    "N": Shades("#0059b3", "#58a6ff", "#0072b2"),
-    "C": Shades("#a84300", "#ff8f3f", "#d55e00"),
-    "H": Shades("#007a5e", "#34d0a5", "#009e73"),
-    "W": Shades("#b0307f", "#f59fd0", "#cc79a7"),
+    "N": Shades("#0059b3", "#58a6ff"),
+    "C": Shades("#a84300", "#ff8f3f"),
+    "H": Shades("#007a5e", "#34d0a5"),
+    "W": Shades("#b0307f", "#f59fd0"),
 }
-PAGE = Shades("#ffffff", "#14181e", "none")
+INK = Shades("#1f242b", "#d8dee6")  # words, axes, the one curve that matters
+MUTED = Shades("#5b6470", "#98a3b0")  # what stands beside it
+PAGE = Shades("#ffffff", "#14181e")
