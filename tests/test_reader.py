@@ -35,7 +35,7 @@ TERM = (WHICH, 'a[href$="#term-Channel"]', "one index along the axis c")
 CITATION = (WHICH, 'a[href*="bibliography"]', "stack overflow")
 FIGURE = (WHICH, 'a[href="#fig-axis-block"]', "which cells share")
 FORMULA = ("layer/backward", 'a[href="#equation-eq-backward-jacobian"]', r"\frac{\partial")
-FORMULA_ELSEWHERE = ("scale/gpu", 'a[href$="forward.html#equation-eq-merge"]', r"\sum_p")
+FORMULA_ELSEWHERE = ("scale/kernels", 'a[href$="forward.html#equation-eq-merge"]', r"\sum_p")
 KINDS = [TERM, CITATION, FIGURE, FORMULA, FORMULA_ELSEWHERE]
 IDS = ["term", "citation", "figure", "formula", "formula of another page"]
 
