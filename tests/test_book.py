@@ -120,7 +120,7 @@ def no_errors(nb):
 
 
 # A cell that measures on the reader's own GPU cannot be compared; what is stored must say so.
-NOTHING_MEASURED = "no CUDA device here: nothing measured\n"
+NOTHING_MEASURED = "no CUDA device: nothing measured\n"
 
 
 def every_cell_compared(nb):
