@@ -15,13 +15,15 @@ import yaml
 from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
-from bnlib.book.colors import AXIS_COLORS, GROUPS, INK, MUTED, PAGE
+from bnlib.book.colors import AXIS_COLORS, INK, MUTED, PAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 STATIC = ROOT / "book" / "_static"
 LETTERS = STATIC / "fonts" / "source-serif-4-latin-600-normal.woff2"
 CARD, COVER, MARK = (STATIC / name for name in ("card.png", "cover.png", "mark.svg"))
 QUESTION = "Over which axes are the mean\nand the variance taken?"
+# The hues of the explorer's first four groups, darker.
+TINTS = ("#5ba9e0", "#e5954a", "#55b97d", "#d983b8")
 # Cells of the mark: (column, row, channel); a gap stands between samples and between channels.
 CELLS = [
     (4 * n + w + 0.35 * n, 2 * c + h + 0.35 * c, c)
@@ -40,7 +42,7 @@ def mark_svg() -> str:
     left = (32 - WIDE * unit) / 2
     cells = "".join(
         f'<rect x="{left + x * unit:.2f}" y="{y * unit:.2f}" width="{0.86 * unit:.2f}" '
-        f'height="{0.86 * unit:.2f}" rx=".6" fill="{GROUPS[c].mark}"/>'
+        f'height="{0.86 * unit:.2f}" rx=".6" fill="{TINTS[c]}"/>'
         for x, y, c in CELLS
     )
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{cells}</svg>\n'
@@ -53,7 +55,7 @@ def draw_mark(height: int) -> Image.Image:
     for x, y, c in CELLS:
         corner = (x * unit, y * unit)
         box = [*corner, corner[0] + 0.92 * unit, corner[1] + 0.92 * unit]
-        pen.rounded_rectangle(box, 0.12 * unit, fill=GROUPS[c].mark)
+        pen.rounded_rectangle(box, 0.12 * unit, fill=TINTS[c])
     return image.resize((image.width // TWICE, height), Image.Resampling.LANCZOS)
 
 

@@ -16,13 +16,6 @@ class Shades(NamedTuple):
     dark: str
 
 
-class Tint(NamedTuple):
-    """The colour of one group of cells, as ``#rrggbb``: pale for a cell, stronger for the mark."""
-
-    cell: str
-    mark: str
-
-
 # Kin of Okabe and Ito's blue, vermillion, bluish green and reddish purple, which colour-blind
 # readers can tell apart. book/_static/book.css repeats them.
 AXIS_COLORS = {
@@ -34,11 +27,3 @@ AXIS_COLORS = {
 INK = Shades("#1f242b", "#d8dee6")  # words, axes, the one curve that matters
 MUTED = Shades("#5b6470", "#98a3b0")  # what stands beside it
 PAGE = Shades("#ffffff", "#14181e")
-# Tints for the cells that share one mean: those of the axis explorer's first groups on the light
-# page, on which dark words are legible, and a stronger shade of each for the book's mark.
-GROUPS = (
-    Tint("#9ed6ff", "#5ba9e0"),
-    Tint("#ffc48a", "#e5954a"),
-    Tint("#9be5b4", "#55b97d"),
-    Tint("#ffb7e0", "#d983b8"),
-)
