@@ -500,7 +500,7 @@ def test_mouse_touch_and_menus(page):
     assert shown_problems(state, page.evaluate(READ)) == [], "and no more when it has left"
     page.check("[value=after]", force=True)
     assert shown_problems(state | {"after": True}, page.evaluate(READ)) == []
-    page.click("text=Show all groups")
+    page.click("text=Show all")
     page.mouse.move(1, 1)
     state |= {"after": True, "at": None}
     assert shown_problems(state, page.evaluate(READ)) == []
@@ -612,6 +612,17 @@ def test_a_finger_hits_one_cell_and_the_page_does_not_scroll(browser, tmp_path, 
     page.context.close()
 
 
+def test_the_cells_stay_where_they_are_when_one_is_chosen(browser, tmp_path):
+    for photo in (False, True):
+        page = opened(browser, tmp_path, axis_explorer(photo=photo), width=375)
+        cell = page.locator("[role=gridcell]").nth(5)
+        before = cell.bounding_box()
+        cell.click()
+        page.wait_for_selector(".ax-me")
+        assert cell.bounding_box() == before
+        page.context.close()
+
+
 def test_controls_are_one_row_on_a_telephone(browser, tmp_path):
     page = opened(browser, tmp_path, axis_explorer(), width=375)
     for row in (".ax-norm label", ".ax-foot > *"):
@@ -684,7 +695,7 @@ def test_two_explorers_of_a_page_do_not_disturb_each_other(browser, tmp_path):
 def test_paper_has_the_answer_and_no_menus(page):
     follow(page, state_of("group", (2, 4, 2, 2), groups=2, at=(1, 2, 0, 1)))
     page.emulate_media(media="print")
-    assert page.is_hidden(".ax-foot") and page.is_hidden("text=Show all groups")
+    assert page.is_hidden(".ax-foot") and page.is_hidden("text=Show all")
     assert page.inner_text(".ax-says").startswith("Each sample has one mean for every 2 channels")
     assert "of 8 cells" in page.inner_text("[aria-live]")
     page.emulate_media(media="screen")

@@ -157,9 +157,8 @@ function mount(root) {
   const stage = add(root, "div", { class: "ax-stage" });
   const grid = add(stage, "div", { class: "ax-grid", role: "grid", "aria-multiselectable": "true", "aria-label": "Cells; arrow keys choose one, and its group is selected" });
   const slide = add(stage, "p", { class: "ax-slide" }, "← more cells: slide sideways →");
-  const card = add(stage, "div", { class: "ax-card" });
-  const live = add(card, "div", { "aria-live": "polite", "aria-atomic": "true" });
-  const lines = add(card, "pre", { class: "ax-code", tabindex: "0", role: "group", "aria-label": "The same in code" });
+  const live = add(stage, "div", { class: "ax-card", "aria-live": "polite", "aria-atomic": "true" });
+  const lines = add(stage, "pre", { class: "ax-code", tabindex: "0", role: "group", "aria-label": "The same in code" });
   const foot = add(root, "div", { class: "ax-foot" });
   radios(foot, "data", "Values", [["numbers", "Numbers"], ["photo", "Photos"]]);
   radios(foot, "when", "Values before or after the norm", [["before", "Before"], ["after", "After"]]);
@@ -282,8 +281,8 @@ function mount(root) {
       (wrong ? "It loses the mean of channel " + mine + " (dashed): {mean}" : "Mean {mean}") + ", variance {variance}, of " + (t.count === 1 ? "{count} cell." : "{count} cells."),
       t,
     );
-    add(live, "p", {}, `(${show(value)} − ${show(t.mean)}) / √(${show(t.variance)} + 10⁻⁵) = ${show(t.y)}`);
-    if (s.at) add(live, "button", { type: "button" }, "Show all groups").onclick = () => go(null);
+    add(live, "p", {}, `(${show(value)} − mean) / √(variance + 10⁻⁵)`);
+    if (s.at) add(live, "button", { type: "button" }, "Show all").onclick = () => go(null);
   }
 
   const go = (at) => {
@@ -317,9 +316,8 @@ function mount(root) {
     go([Math.floor(col / s.W), Math.floor(row / s.H), row % s.H, col % s.W]);
     const cell = cells.find((cell) => cell.tabIndex === 0);
     cell.focus({ preventScroll: true });
-    // The numbers beside or below the cells stay on the screen, if there is room for both.
-    (stage.offsetHeight < innerHeight * 0.9 ? stage : cell).scrollIntoView({ block: "nearest", inline: "nearest" });
-    cell.scrollIntoView({ block: "nearest", inline: "nearest" });
+    // The numbers stay on the screen too, if there is room for both.
+    for (const el of [live, cell]) el.scrollIntoView({ block: "nearest", inline: "nearest" });
   };
   const follow = () => {
     const asked = fromLink(location.hash);
