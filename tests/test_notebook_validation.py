@@ -177,7 +177,7 @@ def test_without_triton_a_notebook_that_imports_it_is_skipped_and_the_rest_passe
     assert "needs triton, which has no package for this platform" in said
 
 
-def test_without_triton_the_gpu_chapter_is_skipped():
-    said = validate_without_triton("book/scale/gpu.ipynb", cwd=ROOT)
+def test_without_triton_the_chapter_on_its_kernels_is_skipped():
+    said = validate_without_triton("book/scale/kernels.ipynb", cwd=ROOT)
     assert "needs triton" in said
     assert re.search(r"= \d+ skipped in", said), said

@@ -63,7 +63,7 @@ def test_without_an_address_there_is_no_such_link(site):
         assert not (site / name).exists()
 
 
-@pytest.mark.parametrize("name", ["book/axes/which-axes", "book/scale/gpu", "book/glossary"])
+@pytest.mark.parametrize("name", ["book/axes/which-axes", "book/scale/kernels", "book/glossary"])
 def test_with_an_address_every_link_leads_to_this_page(published, name):
     page = soup(published / f"{name}.html")
     links = {a["href"] for a in page.select("a[href^=http]")}
@@ -107,8 +107,8 @@ def test_with_an_address_there_are_a_site_map_a_page_for_the_lost_and_a_url_to_c
 
 
 def test_colab_gets_the_files_around_the_notebook(published):
-    cell = soup(published / "book" / "scale" / "gpu.html").select_one(".colab pre").text.strip()
-    assert cell == colab_cell("Some-One/axis-book", "book/scale/gpu")
+    cell = soup(published / "book" / "scale" / "kernels.html").select_one(".colab pre").text.strip()
+    assert cell == colab_cell("Some-One/axis-book", "book/scale/kernels")
     clone, install, change = cell.splitlines()
     assert clone == f"!git clone --quiet --depth 1 {GITHUB} /content/axis-book"
     assert install == '%pip install --quiet "/content/axis-book[book]"'
