@@ -16,7 +16,7 @@ from torch import nn
 
 import bnlib
 from bnlib.book.datasets import photo_patches
-from bnlib.fold import fold_batch_norm, fold_conv_bn
+from bnlib.fold import fold_batch_norm, fold_conv_bn, fold_linear_bn
 
 # --- Form -----------------------------------------------------------------------------------------
 
@@ -184,27 +184,29 @@ def branches_side_by_side():
     return "no, the outputs are the same"
 
 
-def one_image_repeated():
-    image = torch.randn(1, 3, 4, 4, dtype=torch.float64)
-    outputs, variances = [], []
-    for copies in (1, 32):
-        layer = nn.BatchNorm2d(3, dtype=torch.float64)
-        outputs.append(layer(image.expand(copies, -1, -1, -1))[:1])
-        variances.append(layer.running_var)
-    assert torch.allclose(*outputs, rtol=0, atol=1e-12)
-    once, often = variances
-    assert (often < once).all() and torch.allclose(once, often, rtol=0.1)
-    return "the output is the same; `running_var` is a little smaller in the second case"
+def momentum_of_one():
+    x = torch.randn(4, 3, dtype=torch.float64)
+    layer = nn.BatchNorm1d(3, eps=1e-12, momentum=1.0, dtype=torch.float64)
+    layer(x)
+    variance = layer.eval()(x).var(dim=0, correction=0)
+    assert torch.allclose(variance, torch.tensor(0.75, dtype=torch.float64))
+    return "3/4"
 
 
-def weak_channel():
-    y, _ = bnlib.batch_norm_forward(np.array([[-0.001], [0.001]]), eps=1e-5)
-    return f"about {y.std():.2f}"
+def weak_channel_doubled():
+    x = np.array([[-0.001], [0.001]])
+    once, twice = (bnlib.batch_norm_forward(k * x, eps=1e-5)[0].std() for k in (1, 2))
+    assert f"{once:.2f}" == "0.30"
+    return f"about {twice:.2f}"
 
 
-def two_halves():
-    half = np.array([-1.0, 1.0])
-    return f"{np.concatenate([half, half + 4]).var():.0f}"
+def the_other_part():
+    x = RNG.normal(size=(100, 1)) + np.arange(100)[:, None]
+    whole, first = bnlib.moments(x), bnlib.moments(x[:60])
+    mean = (100 * whole.mean - 60 * first.mean) / 40
+    m2 = whole.m2 - first.m2 - (mean - first.mean) ** 2 * 60 * 40 / 100
+    assert np.allclose(m2 / 40, x[60:].var(), rtol=1e-12)
+    return "yes, exactly, up to rounding"
 
 
 def evaluation_after_pairs():
@@ -215,13 +217,6 @@ def evaluation_after_pairs():
     variance = layer.eval()(x).var(dim=(0, 2, 3), correction=0)
     assert (variance > 1.5).all()
     return "clearly more than 1"
-
-
-def one_that_differs():
-    x = np.full((100, 1), 3.0)
-    x[0] = 4.0
-    assert 9.9 < bnlib.batch_norm_forward(x, eps=1e-5)[0][0, 0] < 99**0.5 < 10
-    return "just under 10"
 
 
 def values_that_receive_a_gradient():
@@ -347,17 +342,18 @@ def global_count():
     return f"{m}, the values of all ranks"
 
 
-def folded_bias():
-    conv, norm = nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1).eval()
-    for value, number in (
-        (conv.bias, 5.0),
-        (norm.weight, 3.0),
-        (norm.bias, 1.0),
-        (norm.running_mean, 3.0),
-        (norm.running_var, 4.0 - norm.eps),
-    ):
-        nn.init.constant_(value, number)
-    return f"{fold_conv_bn(conv, norm).bias.item():.4g}"
+def folded_with_another_epsilon():
+    errors = []
+    for variance, scale in ((1.0, 1.0), (1.0, 5.0), (1e-4, 1.0)):
+        norm = nn.BatchNorm1d(1).eval()
+        nn.init.constant_(norm.running_var, variance)
+        nn.init.constant_(norm.weight, scale)
+        layer, other = nn.Linear(2, 1), copy.deepcopy(norm)
+        other.eps = 1e-3
+        ratio = fold_linear_bn(layer, other).weight / fold_linear_bn(layer, norm).weight
+        errors.append(ratio.mean().item())
+    assert 0.99 < errors[0] < 1 and abs(errors[1] - errors[0]) < 1e-6 and 0.3 < errors[2] < 0.34
+    return "those with a small running variance, which come out too weak"
 
 
 def slope_of_a_grouped_weight():
@@ -368,14 +364,48 @@ def slope_of_a_grouped_weight():
     return f"$a_{round(ratio)}$"
 
 
+def exact_at_the_border():
+    x, conv = torch.rand(1, 2, 6, 6), nn.Conv2d(2, 3, 3, padding=1).double()
+    found = []
+    for name, beta in (
+        ("for those with $\\beta = 0$", lambda a, mean: 0 * a),
+        (r"for those with $\beta = a\,\mu$ in every channel", lambda a, mean: a * mean),
+    ):
+        norm = nn.BatchNorm2d(2).double().eval()
+        norm.running_mean.copy_(torch.tensor([0.3, -2.0]))
+        a = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+        norm.bias.data = beta(a, norm.running_mean).detach()
+        b = norm.bias - a * norm.running_mean
+        folded = copy.deepcopy(conv)
+        folded.weight.data *= a[None, :, None, None]
+        folded.bias.data += (conv.weight * b[None, :, None, None]).sum((1, 2, 3))
+        if torch.allclose(folded(x.double()), conv(norm(x.double())), rtol=0, atol=1e-12):
+            found.append(name)
+    (only,) = found
+    return only
+
+
 def into_the_layer_after():
     layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
     assert fold_batch_norm(nn.Sequential(*layers).eval()).fold_report.folded == {"2": "3"}
     return "into the second convolution"
 
 
-def dead_channel():
-    return f"by {0.5 / 1e-5**0.5:.0f}"
+def dead_filter_set_to_zero():
+    conv = nn.Conv2d(2, 2, 3, groups=2)
+    conv.weight.data[1] *= 1000
+    x = torch.randn(4, 2, 6, 6)
+    x[:, 1] = 0  # what a dead ReLU gives
+    error = []
+    for scale in (1, 0):
+        model = copy.deepcopy(conv)
+        model.weight.data[1] *= scale
+        assert torch.equal(model(x), conv(x))
+        step = model.weight.abs().max() / 127
+        model.weight.data = (model.weight / step).round() * step
+        error.append((model(x) - conv(x)).abs().max().item())
+    assert error[1] < 0.1 * error[0]
+    return "nothing in floating point; the 8-bit one recovers"
 
 
 NUMBERS = {
@@ -391,11 +421,10 @@ NUMBERS = {
         4: branches_side_by_side,
     },
     "forward": {
-        1: one_image_repeated,
-        2: weak_channel,
-        3: two_halves,
+        1: momentum_of_one,
+        2: weak_channel_doubled,
+        3: the_other_part,
         4: evaluation_after_pairs,
-        5: one_that_differs,
     },
     "backward": {
         1: values_that_receive_a_gradient,
@@ -418,10 +447,11 @@ NUMBERS = {
         3: global_count,
     },
     "folding": {
-        1: folded_bias,
+        1: folded_with_another_epsilon,
         2: slope_of_a_grouped_weight,
+        3: exact_at_the_border,
         4: into_the_layer_after,
-        5: dead_channel,
+        5: dead_filter_set_to_zero,
     },
 }
 
