@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -46,6 +47,8 @@ SCRIPTS = (
     "previews.js",
     "print.js",
 )
+EARLY = ("fonts/source-serif-4-latin-400-normal", "fonts/source-serif-4-latin-600-normal")
+EARLY_FORMULAS = ("katex/fonts/KaTeX_Main-Regular", "katex/fonts/KaTeX_Math-Italic")
 # What the theme does as a page opens, and what is done in its place.
 THEME_MEASURES = '"complete"===document.readyState?O():window.addEventListener("load",O)'
 MEASURES = Path(__file__).with_name("scrollable.js")
@@ -83,16 +86,17 @@ def relink(html: str, style: str, script: str) -> str:
         for i, color in enumerate(("0072b2", "d55e00", "009e73", "cc79a7"))
     )
     picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
-    # Asked for at once, these two are there before the text is laid out, which they would move.
+    # Asked for at once, these are there before the text is laid out, which they would move.
+    early = [*EARLY, *(EARLY_FORMULAS if 'class="katex"' in html else ())]
     fonts = (
-        'if (location.protocol !== "file:") for (const name of ["Main-Regular", "Math-Italic"])'
+        f'if (location.protocol !== "file:") for (const name of {json.dumps(early)})'
         ' document.head.append(Object.assign(document.createElement("link"), {'
         ' rel: "preload", as: "font", type: "font/woff2", crossOrigin: "",'
-        f" href: `{prefix}_static/katex/fonts/KaTeX_${{name}}.woff2` }}));"
+        f" href: `{prefix}_static/${{name}}.woff2` }}));"
     )
     head = (
-        (f"<script>{fonts}</script>\n" if 'class="katex"' in html else "")
-        + f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
+        f"<script>{fonts}</script>\n"
+        f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
         f'<link rel="stylesheet" href="{prefix}_static/{style}" />\n'
         f'<script defer src="{prefix}_static/{script}"></script>\n'
     )
@@ -153,6 +157,9 @@ def lean(folder: Path) -> None:
         data = subset_font(font, characters)
         if data is not None:
             font.write_bytes(data)
+    letters = "".join(sorted(set(everything) | set(map(chr, range(32, 127)))))
+    for font in sorted((static / "fonts").glob("*.woff2")):
+        font.write_bytes(subset_font(font, letters, nameless=True) or font.read_bytes())
 
     style = write_named(static, "book", "css", css)
     script = write_named(static, "book", "js", scripts)

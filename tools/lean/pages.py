@@ -84,7 +84,7 @@ def mend_page(html: str) -> str:
     html = html.replace(' role="doc-biblioentry"', "").replace(
         ' role="list" class="citation-list"', ' class="citation-list"'
     )
-    return re.sub(r'<th class="head">(?:<p></p>)?</th>', "<td></td>", html)
+    return re.sub(r'<th (?:class="head"|scope="col"[^>]*)>(?:<p></p>)?</th>', "<td></td>", html)
 
 
 # A formula that is never broken itself, and the full stop or comma that must not part from it.

@@ -111,11 +111,16 @@ def squeeze(css: str) -> str:
 # --- Fonts ----------------------------------------------------------------------------------------
 
 
-def subset_font(path: Path, characters: str) -> bytes | None:
-    """The font as WOFF2 with these characters alone; None if it has none of them."""
+def subset_font(path: Path, characters: str, nameless: bool = False) -> bytes | None:
+    """The font as WOFF2 with these characters alone; None if it has none of them.
+
+    What is left of a font whose name its licence reserves keeps nothing but its copyright line.
+    """
     options = subset.Options(
         flavor="woff2", desubroutinize=True, hinting=False, notdef_outline=True
     )
+    if nameless:
+        options.name_IDs = [0]
     font = subset.load_font(str(path), options)
     if not set(font.getBestCmap()) & set(map(ord, characters)):
         return None
