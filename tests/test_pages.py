@@ -197,7 +197,8 @@ def cut_off(visit):
     visit.page.evaluate("document.querySelectorAll('details').forEach((e) => (e.open = true))")
     found = visit.page.evaluate(
         """([results, longest]) => {
-          const lines = (e) => Math.max(...e.textContent.split("\\n").map((l) => l.trimEnd().length));
+          const lines = (e) =>
+            Math.max(...e.textContent.split("\\n").map((line) => line.trimEnd().length));
           const wide = (e) => e.scrollWidth > e.clientWidth + 1;
           const boxes = results
             ? [...document.querySelectorAll(".cell_output > .output, .cell_output pre")]
@@ -436,6 +437,40 @@ def test_keyboard_stays_in_the_window(site, browser):
                     }"""
                 )
                 assert right > 0 and left < 375, name
+
+
+@pytest.mark.parametrize("name", ["layer/forward", "axes/which-axes", "scale/distributed"])
+def test_contents_list_follows_the_reader(site, browser, name):
+    """In every part of the page one entry is marked, the one that is read, and it is in view."""
+    with Visit(browser, (site / "book" / f"{name}.html").as_uri()) as visit:
+        page, seen = visit.page, []
+        for _ in range(200):
+            page.mouse.wheel(0, 600)
+            page.evaluate(
+                "() => new Promise((f) => requestAnimationFrame(() => setTimeout(f, 30)))"
+            )
+            marked, at, below, over = page.evaluate(
+                """() => {
+                  const marked = document.querySelectorAll("#pst-page-toc-nav a[aria-current]");
+                  const box = document.querySelector(".bd-sidebar-secondary");
+                  const list = box.getBoundingClientRect();
+                  const at = marked[0].getBoundingClientRect();
+                  const end = Math.min(list.bottom, innerHeight);
+                  const view = at.top >= list.top && at.bottom <= end;
+                  const read = document.getElementById(marked[0].hash.slice(1));
+                  const { top, bottom } = read.getBoundingClientRect();
+                  const over = scrollY + innerHeight >= document.documentElement.scrollHeight - 1;
+                  return [marked.length, view, top < innerHeight && bottom > 0, over];
+                }"""
+            )
+            seen.append(page.evaluate("document.querySelector('a[aria-current]').hash"))
+            assert (marked, at, below) == (1, True, True), seen[-1]
+            if over:
+                break
+        assert over and seen[-1] == "#further-reading" and len(set(seen)) > 12
+        styled = "e => getComputedStyle(e).color"
+        shown = page.locator("#pst-page-toc-nav a[aria-current]").evaluate(styled)
+        assert shown != page.locator("#pst-page-toc-nav a:not(.active)").first.evaluate(styled)
 
 
 def test_dark_mode_switch_is_kept(site, browser):

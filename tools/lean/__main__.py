@@ -37,7 +37,6 @@ STYLES = (
 SCRIPTS = (
     "documentation_options.js",
     "doctools.js",
-    "sphinx_highlight.js",
     "clipboard.min.js",
     "copybutton.js",
     "scripts/sphinx-book-theme.js",
@@ -45,6 +44,7 @@ SCRIPTS = (
     "scripts/bootstrap.js",
     "scripts/pydata-sphinx-theme.js",
     "previews.js",
+    "contents.js",
     "print.js",
 )
 EARLY = ("fonts/source-serif-4-latin-400-normal", "fonts/source-serif-4-latin-600-normal")
@@ -63,7 +63,15 @@ FOLD_NAMED = """{
         title.lastElementChild.append(opens);
       }"""
 # In the theme, and of no use here: icons as a megabyte of script, words in other languages.
-UNUSED = ("scripts/fontawesome.js", "translations.js", "design-tabs.js")
+UNUSED = (
+    "scripts/fontawesome.js",
+    "translations.js",
+    "design-tabs.js",
+    "sphinx_highlight.js",
+    # In the place of these are those of `_ext/find.py`.
+    "searchtools.js",
+    "language_data.js",
+)
 
 
 def relink(html: str, style: str, script: str) -> str:
@@ -131,7 +139,7 @@ def lean(folder: Path) -> None:
     scripts = replace_all(scripts, FOLD_LABEL, "", "the folds' script")
     scripts = replace_all(scripts, FOLD_ADDED, FOLD_NAMED, "the folds' script")
     scripts += MEASURES.read_text(encoding="utf-8")
-    other = (static / "searchtools.js").read_text(encoding="utf-8")
+    other = (static / "find.js").read_text(encoding="utf-8")
     everything = "".join(pages.values())
     words = set(re.findall(r"[\w-]+", scripts + other))
     for code in re.findall(r"<script>(.*?)</script>", everything, re.S):
@@ -167,20 +175,11 @@ def lean(folder: Path) -> None:
         html = put_off(mend_page(relink(html, style, script)))
         path.write_text(mend_pictures(html, path, eager=path == front), encoding="utf-8")
 
-    # A page opened as a file may not fetch others, which search does for the results' summaries.
-    search = static / "searchtools.js"
-    flag = "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY"
-    text = search.read_text(encoding="utf-8")
-    text = replace_all(text, flag, f'{flag} && location.protocol !== "file:"', search.name)
-    # In a summary a formula is said once, not as MathML, as LaTeX and as it is drawn.
-    once = '[".katex-html", "annotation", ".headerlink",'
-    text = replace_all(text, '[".headerlink",', once, search.name)
-    search.write_text(text, encoding="utf-8")
-
     for pattern in (*STYLES, *SCRIPTS, *UNUSED, "*macros.html"):
         for path in static.glob(pattern):
             if path.name not in (style, script):
                 path.unlink()
+    (folder / "searchindex.js").unlink()
     for unused in ("vendor", "locales", "scripts", "styles"):
         shutil.rmtree(static / unused, ignore_errors=True)
     for picture in (folder / "_images").glob("*.webp"):
