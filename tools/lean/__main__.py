@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from bnlib.book.colors import AXIS_COLORS
 from tools.lean.far_blocks import put_off
 from tools.lean.pages import mend_page, mend_pictures, replace_all
 from tools.lean.styles import (
@@ -17,6 +18,7 @@ from tools.lean.styles import (
     purge,
     squeeze,
     subset_font,
+    without_scripts,
 )
 
 STYLES = (
@@ -45,6 +47,7 @@ SCRIPTS = (
     "scripts/pydata-sphinx-theme.js",
     "previews.js",
     "contents.js",
+    "enlarge.js",
     "print.js",
 )
 EARLY = ("fonts/source-serif-4-latin-400-normal", "fonts/source-serif-4-latin-600-normal")
@@ -74,11 +77,21 @@ UNUSED = (
 )
 
 
+def icon() -> str:
+    """Four bars, one for each axis; without an icon a browser asks for one that is not there."""
+    bars = "".join(
+        f"%3Crect x='{4 * i}' width='3' height='16' fill='%23{shades.light[1:]}'/%3E"
+        for i, shades in enumerate(AXIS_COLORS.values())
+    )
+    picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
+    return f'<link rel="icon" href="data:image/svg+xml,{picture}" />'
+
+
 def relink(html: str, style: str, script: str) -> str:
     """Put the one style sheet and the one script in the place of all others."""
     linked = re.search(r'href="([^"]*)_static/pygments\.css', html)
     if linked is None:  # a page that only forwards has no style
-        return html
+        return re.sub(r"(?i)(<meta\b|<title>)", lambda m: f"{icon()}\n{m[1]}", html, count=1)
     prefix = linked[1]
     stale = re.escape(prefix) + "_static/"
     html = re.sub(
@@ -88,12 +101,6 @@ def relink(html: str, style: str, script: str) -> str:
     html = re.sub(rf'\s*<script\b[^>]*src="{stale}(?:{names})[^>]*></script>', "", html)
     html = re.sub(r"\s*<script>DOCUMENTATION_OPTIONS\.pagename[^<]*</script>", "", html)
     html = re.sub(r"<script src=", "<script defer src=", html)
-    # Four bars, one for each axis; without an icon a browser asks for one that is not there.
-    bars = "".join(
-        f"%3Crect x='{4 * i}' width='3' height='16' fill='%23{color}'/%3E"
-        for i, color in enumerate(("0072b2", "d55e00", "009e73", "cc79a7"))
-    )
-    picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
     # Asked for at once, these are there before the text is laid out, which they would move.
     early = [*EARLY, *(EARLY_FORMULAS if 'class="katex"' in html else ())]
     fonts = (
@@ -104,7 +111,7 @@ def relink(html: str, style: str, script: str) -> str:
     )
     head = (
         f"<script>{fonts}</script>\n"
-        f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
+        f"{icon()}\n"
         f'<link rel="stylesheet" href="{prefix}_static/{style}" />\n'
         f'<script defer src="{prefix}_static/{script}"></script>\n'
     )
@@ -155,7 +162,7 @@ def lean(folder: Path) -> None:
             if beside != ".":
                 css = re.sub(r"url\((?!data:|[\"'])", f"url({beside}/", css)
             sheets.append(purge(css, words))
-    css = squeeze("".join(sheets))
+    css = squeeze(without_scripts("".join(sheets)))
     css = icon_fonts(css, static)
     css = re.sub(r',\s*url\([^)]*\.(?:ttf|woff)\)\s*format\("[a-z]+"\)', "", css)
     css = drop_unused_variables(css, everything + scripts)

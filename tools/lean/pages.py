@@ -33,6 +33,8 @@ def mend_page(html: str) -> str:
     # The colours are there from the start: a change of theme styles every element again.
     if "dataset.theme" in html:  # a page that only forwards has none
         html = replace_all(html, THEME_MODE, MODE, "the head of the page")
+        theme = 'data-theme="auto"', 'data-theme="light"'  # until a script says what it is
+        html = replace_all(html, *theme, "the page")
         # What marks the section that is read is contents.js.
         html = replace_all(html, ' data-bs-spy="scroll"', "", "the body of the page")
     # Names and punctuation in code have the colour of text: they need no element each.
