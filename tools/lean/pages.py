@@ -33,6 +33,10 @@ def mend_page(html: str) -> str:
     # The colours are there from the start: a change of theme styles every element again.
     if "dataset.theme" in html:  # a page that only forwards has none
         html = replace_all(html, THEME_MODE, MODE, "the head of the page")
+        theme = 'data-theme="auto"', 'data-theme="light"'  # until a script says what it is
+        html = replace_all(html, *theme, "the page")
+        # What marks the section that is read is contents.js.
+        html = replace_all(html, ' data-bs-spy="scroll"', "", "the body of the page")
     # Names and punctuation in code have the colour of text: they need no element each.
     html = re.sub(r'<span class="(?:n|nn|p|w)">([^<]*)</span>', r"\1", html)
     html = html.replace("<pre><span></span>", "<pre>")
@@ -84,7 +88,7 @@ def mend_page(html: str) -> str:
     html = html.replace(' role="doc-biblioentry"', "").replace(
         ' role="list" class="citation-list"', ' class="citation-list"'
     )
-    return re.sub(r'<th class="head">(?:<p></p>)?</th>', "<td></td>", html)
+    return re.sub(r'<th (?:class="head"|scope="col"[^>]*)>(?:<p></p>)?</th>', "<td></td>", html)
 
 
 # A formula that is never broken itself, and the full stop or comma that must not part from it.
