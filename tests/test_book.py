@@ -25,7 +25,7 @@ BOOK = ROOT / "book"
 CHAPTERS = sorted(p for p in BOOK.glob("*/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 # These were written before the form that test_form.py checks, and have sections of their own.
 OLDER = {
-    "which-axes", "channels", "forward", "gpu", "distributed", "folding",
+    "which-axes", "channels", "forward", "gpu", "folding",
 }  # fmt: skip
 SECTIONS = [
     "What you will be able to do",
