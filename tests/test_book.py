@@ -25,7 +25,7 @@ BOOK = ROOT / "book"
 CHAPTERS = sorted(p for p in BOOK.glob("*/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 # These were written before the form that test_form.py checks, and have sections of their own.
 OLDER = {
-    "which-axes", "channels", "forward", "gpu", "folding",
+    "forward", "gpu", "folding",
 }  # fmt: skip
 SECTIONS = [
     "What you will be able to do",
@@ -40,6 +40,7 @@ SECTIONS = [
     "Summary",
     "Further reading",
 ]
+SVG = "image/svg+xml"
 LARGEST = 1_500_000  # bytes of one notebook: a page must stay readable on a slow connection
 
 # --- What a chapter must be -----------------------------------------------------------------------
@@ -139,7 +140,7 @@ def every_cell_compared(nb):
 
 
 def draws(cell):
-    return any("image/svg+xml" in o.get("data", {}) for o in cell.get("outputs", []))
+    return any(SVG in o.get("data", {}) for o in cell.get("outputs", []))
 
 
 def described(nb):
@@ -181,7 +182,7 @@ def outputs_of_any_machine(nb):
         for output in cell.outputs:
             text = [output.get("text", ""), *output.get("data", {}).values()]
             for found in (m for t in text if isinstance(t, str) and (m := local.search(t))):
-                if "image/svg+xml" not in output.get("data", {}):
+                if SVG not in output.get("data", {}):
                     problems.append(f"{cell.id} prints {found[0]!r}, which is this machine's")
     return problems
 
@@ -249,7 +250,7 @@ def example():
     """The smallest notebook that keeps every rule."""
     nb = new_notebook()
     text, code = new_markdown_cell, new_code_cell
-    picture = new_output("display_data", {"image/svg+xml": "", "text/plain": "<Figure size 9x9>"})
+    picture = new_output("display_data", {SVG: "", "text/plain": "<Figure size 9x9>"})
     nb.cells.append(text("# Title"))
     for title in SECTIONS:
         nb.cells.append(text(f"## {title}"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_book import OLDER, draws, prose, replace
+from test_book import OLDER, SVG, draws, prose, replace
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 TEMPLATE = nbformat.read(BOOK / "template.ipynb", as_version=4)
@@ -37,6 +37,9 @@ OPTIONAL = {"The experiment"}  # where nothing empirical is claimed
 BOX = ["**The question:**", "**You will be able to**", "**You need**"]
 LONGEST = 74  # characters in a line of code: what fits beside the contents list
 SCRATCH = 20  # lines
+# A page of 375 pixels shows a figure of 4.6 inches with words of 10 points at 11 pixels and more.
+WIDEST, SMALLEST = 72 * 4.75, 9.5  # points
+LARGEST = 160_000  # bytes of one figure
 
 
 def box(nb):
@@ -99,7 +102,30 @@ def from_scratch(nb):
     return ["expected code in the section Code, got none"]
 
 
-RULES = [box, sections, early_picture, folded_drawings, short_lines, from_scratch]
+def figures_for_a_phone(nb):
+    problems = []
+    for cell in filter(draws, nb.cells):
+        for svg in (output.data[SVG] for output in cell.outputs if SVG in output.get("data", {})):
+            width = float(re.search(r'<svg\b[^>]*?\bwidth="([\d.]+)pt"', svg)[1])
+            words = [100 * float(scale) for scale in re.findall(r"\bscale\(([\d.]+) -", svg)]
+            found = [
+                (width <= WIDEST, f"{width / 72:.2f} inches wide"),
+                (min(words, default=SMALLEST) >= SMALLEST, f"{min(words, default=0):.1f} points"),
+                (len(svg) <= LARGEST, f"{len(svg)} bytes"),
+            ]
+            problems += [f"the figure of {cell.id}: {what}" for right, what in found if not right]
+    return problems
+
+
+RULES = [
+    box,
+    sections,
+    early_picture,
+    folded_drawings,
+    short_lines,
+    from_scratch,
+    figures_for_a_phone,
+]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
@@ -122,6 +148,16 @@ def unfold(nb):
         cell.metadata.pop("tags", None)
 
 
+def change_figure(old, new):
+    def spoil(nb):
+        (cell,) = filter(draws, nb.cells)
+        (data,) = (output.data for output in cell.outputs if SVG in output.get("data", {}))
+        assert re.search(old, data[SVG])
+        data[SVG] = re.sub(old, new, data[SVG])
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("rule", "spoil"),
     [
@@ -138,6 +174,9 @@ def unfold(nb):
         (short_lines, replace("print(", "print(" + "'a long line of numbers'" * 3 + ", ")),
         (from_scratch, replace("batch = images[:64]", "x = 1\n" * 20)),
         (from_scratch, replace("## Code", "### Code")),
+        (figures_for_a_phone, change_figure(r'width="[\d.]+pt"', 'width="500pt"')),
+        (figures_for_a_phone, change_figure(r"scale\(0\.1 -0\.1\)", "scale(0.08 -0.08)")),
+        (figures_for_a_phone, change_figure("</svg>", " " * LARGEST)),
     ],
 )
 def test_rule_finds_a_spoilt_chapter(rule, spoil):

@@ -1,4 +1,4 @@
-"""The front page shows the first chapter's picture, and its example prints what it says."""
+"""The code of the pages that are not notebooks prints what its comments say."""
 
 from __future__ import annotations
 
@@ -9,30 +9,41 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = [
+    pytest.param(block, id=f"{name}-{i}")
+    for name in ("intro.md", "short-answer.md")
+    for i, block in enumerate(
+        re.findall(r"^```python\n(.*?)^```", (ROOT / "book" / name).read_text("utf-8"), re.M | re.S)
+    )
+]
 
 
-def test_the_picture_is_the_one_stored_in_the_chapter():
-    path = ROOT / "tools" / "front_picture.py"
-    spec = importlib.util.spec_from_file_location("front_picture", path)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_prints_its_comments(example):
+    promised = re.findall(r"^print\(.*\)\n# (.*)$", example, re.MULTILINE)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(example, "example", "exec"), {})
+    assert promised and out.getvalue().splitlines() == promised
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 3
+
+
+def test_the_book_is_drawn_by_its_tool():
+    spec = importlib.util.spec_from_file_location("identity", ROOT / "tools" / "identity.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    stored = tool.stored_figure(tool.CHAPTER, "fig-axis-block")
-    assert tool.PICTURE.read_bytes() == stored, "run: python tools/front_picture.py"
-    with pytest.raises(ValueError, match="'fig-none'"):
-        tool.stored_figure(tool.CHAPTER, "fig-none")
-
-
-def test_the_example_prints_its_comments():
-    text = (ROOT / "book" / "intro.md").read_text(encoding="utf-8")
-    (example,) = [
-        block
-        for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        if "import bnlib" in block
-    ]
-    promised = re.findall(r"^print\(.*\)  # (.*)$", example, re.MULTILINE)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(example, "intro.md", "exec"), {})
-    assert len(promised) >= 3
-    assert out.getvalue().splitlines() == promised
+    hint = "run: python tools/identity.py"
+    assert tool.MARK.read_text(encoding="utf-8") == tool.mark_svg(), hint
+    for path, draw, size in (
+        (tool.CARD, tool.draw_card, (1200, 630)),
+        (tool.COVER, tool.draw_cover, (1200, 1600)),
+    ):
+        with Image.open(path) as stored:
+            assert stored.size == size
+            assert ImageChops.difference(stored, draw()).getbbox() is None, hint
+        assert path.stat().st_size < 100_000

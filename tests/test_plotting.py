@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patches import Rectangle
 
 from bnlib import moments
 from bnlib.book.colors import AXIS_COLORS, INK, MUTED, PAGE
@@ -152,7 +153,38 @@ def test_planes_print_the_statistics_of_their_channel(ax):
     for mean, var in zip(stats.mean, stats.var(), strict=True):
         assert f"{mean:.3f}" in texts(ax)
         assert f"{np.sqrt(var):.3f}" in texts(ax)
-    assert f"= {stats.count} values" in texts(ax)
+    assert f"{stats.count} values" in texts(ax)
+
+
+def fills(ax) -> list[str]:
+    return [to_hex(p.get_facecolor()) for p in ax.patches if isinstance(p, Rectangle)]
+
+
+def test_planes_tint_the_cells_of_one_group_alike(ax):
+    words = np.arange(BLOCK.size).reshape(BLOCK.shape)
+    draw_planes(ax, BLOCK, groups=np.arange(5) % 2, texts=words)
+    written = [t.get_text() for t in ax.texts if t.get_text().isdigit()]
+    order = [int(word) for word in written]
+    assert sorted(order) == list(range(BLOCK.size))
+    by_cell = dict(zip(order, fills(ax), strict=True))
+    assert len(set(by_cell.values())) == 2
+    assert all(by_cell[cell] == by_cell[cell % 5 % 2] for cell in order)
+    assert "mean" not in texts(ax)  # a channel is no group here
+
+
+@pytest.mark.parametrize(("options", "samples"), [({}, 2), ({"composite": True}, 4)])
+def test_words_beside_the_planes_find_room(options, samples):
+    with mpl.rc_context():
+        use_style()
+        fig, ax = plt.subplots(figsize=(4.6, 6))
+        draw_planes(ax, np.resize(BLOCK, (samples, 3, 32, 32)) / 10, **options)
+        fig.canvas.draw()
+        boxes = [text.get_window_extent() for text in ax.texts]
+        # What stands out makes the layout shrink the planes below the inches they are drawn in.
+        (x0, _), (x1, _) = ax.transData.transform([(0, 0), (1, 0)])
+        assert 0.95 < (x1 - x0) / fig.dpi <= 1
+        assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
+        plt.close(fig)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +194,11 @@ def test_planes_print_the_statistics_of_their_channel(ax):
         (BLOCK[:0], {}, r"not empty, got shape \(0, 3, 4, 5\)"),
         (BLOCK[:, :2], {"composite": True}, "expected 3 channels for composite=True"),
         (BLOCK, {"names": ["a"]}, "expected 3 names for shape .*, got 1"),
-        (BLOCK, {"groups": np.zeros(4, int), "numbers": True}, "expected groups that broadcast"),
-        (BLOCK, {"groups": np.zeros(5), "numbers": True}, "expected groups of integers >= 0"),
-        (BLOCK, {"groups": np.zeros(5, int)}, "expected numbers=True with groups"),
+        (BLOCK, {"colors": ["red"]}, "expected 3 colors for shape .*, got 1"),
+        (BLOCK, {"texts": BLOCK[0]}, r"expected texts of shape .*, got shape \(3, 4, 5\)"),
+        (BLOCK, {"groups": np.zeros(4, int), "texts": BLOCK}, "expected groups that broadcast"),
+        (BLOCK, {"groups": np.zeros(5), "texts": BLOCK}, "expected groups of integers >= 0"),
+        (BLOCK, {"groups": np.zeros(5, int)}, "expected texts with groups"),
     ],
 )
 def test_planes_refuse_what_they_cannot_draw(ax, x, options, message):

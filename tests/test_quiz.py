@@ -101,18 +101,14 @@ def test_form_finds_a_spoilt_quiz(spoil):
 RNG = np.random.default_rng(0)
 
 
-def means_of_a_batch():
-    stats = bnlib.moments(RNG.normal(size=(8, 3, 32, 32)))
-    return f"{stats.mean.size} means, one for each colour, of {stats.count} values each"
-
-
-def one_channel_of_one_image():
-    x = RNG.normal(size=(8, 3, 4, 4))
-    changed = x.copy()
-    changed[5, 2] = 0
-    difference = bnlib.batch_norm_forward(changed)[0] != bnlib.batch_norm_forward(x)[0]
-    assert difference[:, 2].all() and not difference[:, :2].any()
-    return "channel 2 of all eight images"
+def features_as_positions():
+    x = RNG.normal(size=(64, 100))
+    as_image = bnlib.moments(x.reshape(64, 1, 10, 10))
+    each = bnlib.moments(x)
+    return (
+        f"it has {as_image.mean.size} mean of {as_image.count} values, "
+        f"not {each.mean.size} means of {each.count}"
+    )
 
 
 def shuffled_positions():
@@ -124,38 +120,24 @@ def shuffled_positions():
     return "what came out before, shuffled in the same way"
 
 
-def shape_that_is_silently_wrong():
-    """Of the four shapes in the question."""
-    found = []
-    for shape, axes in {
-        (16, 3, 28, 3): "N, C, H, W",
-        (16, 3, 28, 28): "N, C, H, W",
-        (16, 1, 28, 28): "N, C, H, W",
-        (16, 28, 28, 3): "N, H, W, C",
-    }.items():
-        x = RNG.normal(size=shape)
-        reduced = bnlib.reduction_axes(4, axes.split(", ").index("C"))
-        try:
-            centred = x - x.mean(axis=reduced)
-        except ValueError:
-            continue
-        if np.abs(centred.mean(axis=reduced)).max() > 1e-9:
-            found.append(f"shape `{shape}`, axes ${axes}$")
-    (only,) = found
-    return only
+def mean_of_everything():
+    x = RNG.normal(size=(4, 3, 5, 3)) + np.arange(3).reshape(3, 1, 1)
+    centred = x - x.mean(axis=(0, 2, 3))
+    assert abs(centred.mean()) < 1e-12 < np.abs(centred.mean(axis=(0, 2, 3))).min()
+    return "no: each mean is subtracted as often as it should be, from the wrong numbers"
 
 
-def variance_of_the_output():
-    x = torch.randn(8, 1, dtype=torch.float64)
-    variance = ((x - x.mean()) / x.var().sqrt()).var(correction=0).item()
-    return f"7/8 = {variance:.3f}"
-
-
-def correlation_is_left():
-    x = np.linalg.cholesky([[4, 0.76 * 2], [0.76 * 2, 1]]) @ RNG.normal(size=(2, 100_000))
-    y, _ = bnlib.batch_norm_forward(x.T, eps=1e-12)
-    assert abs((y.T @ y / len(y))[0, 1] - np.corrcoef(x)[0, 1]) < 1e-9
-    return "0.76, as their correlation before"
+def whitened_by_a_convolution():
+    mixed = RNG.normal(size=(8, 2, 4, 4))
+    mixed[:, 1] += mixed[:, 0]
+    y = torch.from_numpy(bnlib.batch_norm_forward(mixed)[0])
+    rows = y.transpose(0, 1).flatten(1)
+    values, directions = torch.linalg.eigh(torch.cov(rows))
+    weight = directions / values.sqrt() @ directions.T
+    white = nn.functional.conv2d(y, weight[:, :, None, None]).transpose(0, 1).flatten(1)
+    assert torch.cov(rows)[0, 1] > 0.5
+    assert torch.allclose(torch.cov(white), torch.eye(2, dtype=torch.float64))
+    return "yes, a 1 × 1 convolution with the right weights"
 
 
 def rules_that_agree():
@@ -178,23 +160,15 @@ def rules_that_agree():
     return only
 
 
-def scale_is_forgotten():
+def scale_in_evaluation():
     x = RNG.normal(size=(8, 3, 4, 4))
     brighter = x.copy()
-    brighter[:, 0] = 10 * x[:, 0] + 5
-    y, z = (bnlib.batch_norm_forward(batch)[0] for batch in (x, brighter))
-    assert np.abs(y - z).max() < 1e-4 and (y == z)[:, 1:].all()
-    return "nothing to speak of, in any channel"
-
-
-def red_is_shuffled():
-    x = RNG.normal(size=(8, 3, 4, 4)) * [[[1.0]], [[2.0]], [[3.0]]] + [[[4.0]], [[5.0]], [[6.0]]]
-    order = RNG.permutation(8 * 4 * 4)
-    shuffled = x.copy()
-    shuffled[:, 0] = x[:, 0].ravel()[order].reshape(8, 4, 4)
-    y, z = (bnlib.batch_norm_forward(batch)[0] for batch in (x, shuffled))
-    assert np.allclose(z[:, 0].ravel(), y[:, 0].ravel()[order]) and (y == z)[:, 1:].all()
-    return "red is shuffled in the same way, and otherwise nothing changes"
+    brighter[:, 0] *= 10
+    stored = {"running_mean": np.ones(3), "running_var": np.full(3, 2.0), "training": False}
+    y, z = (bnlib.batch_norm_forward(batch, **stored)[0] for batch in (x, brighter))
+    shift = z[:, 0] - 10 * y[:, 0]
+    assert np.allclose(shift, shift.flat[0]) and (y == z)[:, 1:].all()
+    return "red comes out ten times as strong, up to a shift, and nothing else changes"
 
 
 def branches_side_by_side():
@@ -381,18 +355,15 @@ def dead_channel():
 
 NUMBERS = {
     "which-axes": {
-        1: means_of_a_batch,
-        2: one_channel_of_one_image,
-        3: shuffled_positions,
-        4: shape_that_is_silently_wrong,
-        5: variance_of_the_output,
+        1: features_as_positions,
+        2: shuffled_positions,
+        3: mean_of_everything,
     },
     "channels": {
         1: rules_that_agree,
-        2: correlation_is_left,
-        3: scale_is_forgotten,
-        4: red_is_shuffled,
-        5: branches_side_by_side,
+        2: whitened_by_a_convolution,
+        3: scale_in_evaluation,
+        4: branches_side_by_side,
     },
     "forward": {
         1: one_image_repeated,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from PIL import Image, ImageChops
 from test_pages import Visit, errors, inaccessible, overflow
 from test_plotting import contrast
 from website import bibtex
@@ -369,17 +367,3 @@ def test_date_is_that_of_the_last_commit_or_is_absent(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PATH", "")
     assert dates_of(book, tmp_path / "e") == none  # no git
-
-
-# --- Social card ----------------------------------------------------------------------------------
-
-
-def test_social_card_is_drawn_by_its_tool():
-    spec = importlib.util.spec_from_file_location("card", ROOT / "tools" / "social_card.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    with Image.open(tool.CARD) as stored:
-        assert stored.size == (1200, 630)
-        difference = ImageChops.difference(stored.convert("RGB"), tool.draw().convert("RGB"))
-    assert difference.getbbox() is None, "run: python tools/social_card.py"
-    assert tool.CARD.stat().st_size < 60_000

@@ -1,135 +1,117 @@
-// The axis explorer: pick a norm and a cell, and see which cells share its mean and variance.
+// The axis explorer: every set of cells that shares one mean has its colour; touch a cell for its numbers.
 // No dependencies. `mount(root)` serves a page, `export default { render }` serves anywidget.
 const EPS = 1e-5;
 const AXES = ["N", "C", "H", "W"];
 const LIMITS = { N: 4, C: 6, H: 4, W: 4 };
-// For every choice: its name, the mean's index, what is summed over, and the axes' numbers.
+// For every choice: its two words, who has a mean (axes in braces), and the axes' numbers.
+const OVER = "over all {N samples}, {H rows} and {W columns}";
 const NORMS = {
-  batch: ["Batch norm", "c", "{N} · {H} · {W}", "0, 2, 3"],
-  layer: ["Layer norm", "n", "{C} · {H} · {W}", "1, 2, 3"],
-  instance: ["Instance norm", "nc", "{H} · {W}", "2, 3"],
-  group: ["Group norm", "ng", "{H} · {W} and the {C}/G channels of g", "2, 3, 4"],
-  pixel: ["Mistake: a mean per pixel", "chw", "{N}", "0,"],
-  broadcast: ["Mistake: x - mean, along W", "c", "{N} · {H} · {W}", "0, 2, 3"],
+  batch: ["Batch", "norm", `Each {C channel} has one mean, ${OVER}`, "0, 2, 3"],
+  layer: ["Layer", "norm", "Each {N sample} has one mean, over all {C channels}, {H rows} and {W columns}", "1, 2, 3"],
+  instance: ["Instance", "norm", "Each {C channel} of each {N sample} has one mean, over {H rows} and {W columns}", "2, 3"],
+  group: ["Group", "norm", "Each {N sample} has one mean for every {C *}, over {H rows} and {W columns}", "2, 3, 4"],
+  pixel: ["Per pixel", "mistake", "Each pixel of each {C channel} has its own mean, over the {N samples} alone", "0,"],
+  broadcast: ["Along W", "mistake", "Each {C channel} has one mean, but x − mean subtracts it from a {W column}", "0, 2, 3"],
 };
-// 2 x 3 x 8 x 8 bytes in steps of 7, N C H W: flower and astronaut of bnlib.book.datasets.photographs().
+const HUES = [250, 65, 155, 345, 105, 300, 205, 28];
+// 2 x 3 x 7 x 7 bytes in steps of 7, N C H W: flower and astronaut of bnlib.book.datasets.photographs().
 const PHOTO =
-  "11000111003aa30108uxxp100lwsuw700nvrsv901dtuuq2001fkjb00003dqt81647aa665737cb799bbnlmk5cbiiadl999hh8akb76djfhj8824cggca9225elne6547bd444736aa488c9fcdd4cdd945d79ab844b8758b89c55238aa8871128efd6cqqopukn9qnritjpiqgqtvjroqc3hulonxqglp66uvrspgd4rspqh43aktmpa244bpplnshm7pkngshpanfmsuiqiea3ftln9gca9h66keffh9d4dcdcb4397eed8244donhmselbohjdrfpcmfirthpica2ftlm8b886e56j8gbf7c4a7f9943959da7244";
+  "110021102djc100lxwx900ttqwh11outub007mqk10015ipb1549b77674ehc7abilhm9balc7hf77igcid838gih99227ikg7549d64584ac959ddb8e6bbd538a77b86a9626aba66113dde6ernmtmocrqmtkqlnchvpqouc9sghsvtpr91urnr54bnsqk345dplksjn9qniriqcjafuopdf87lfgffeee81gbeh34b8dee345foigrgncpjfqhqdj9etoodb77jffd9baa81c8hd33b69bc345";
 
 const size = (s) => AXES.map((a) => s[a]);
 const index = ([n, c, h, w], s) => ((n * s.C + c) * s.H + h) * s.W + w;
 const upTo = (k) => [...Array(k).keys()].map((i) => i + 1);
 const divisors = (c) => upTo(c).filter((g) => c % g === 0);
 const clamp = (v, low, high) => Math.min(Math.max(v, low), high);
+const show = (v, digits = 3) => Number(v.toFixed(digits)).toString().replace("-", "−");
+const many = (k, word) => `${k} ${word}${k === 1 ? "" : "s"}`;
+const place = (q) => q.map((v, i) => `${"nchw"[i]}=${v}`).join(", ");
 
-// The numbers: the tensor of the question for its own shape, else small integers.
+// The numbers: the tensor of the question for its own shape, else small integers, higher in some channels.
 function values(s) {
-  if (s.data === "photo")
-    return [...PHOTO.slice(0, s.N * 192)].map((digit) => parseInt(digit, 36) * 7);
+  if (s.data === "photo") return [...PHOTO.slice(0, s.N * 147)].map((digit) => parseInt(digit, 36) * 7);
   if (size(s).every((d) => d === 2)) return [1, 0, 0, 0, 0, 1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7];
-  const all = s.N * s.C * s.H * s.W;
-  return [...Array(all)].map((_, i) => ((i * i * 7 + i * 5 + 3) % 11) + (i % s.W));
+  return cellsOf(s).map((q, i) => ((Math.imul(i + 11, 2654435761) >>> 28) % 6) + (q[1] % 4));
 }
 
-// The cells that enter the mean subtracted from the cell `at`, and the cells it is subtracted from:
-// for every axis, from where to where.
-function boxes(s) {
-  const [n, c, h, w] = s.at.map((i) => [i, i]);
-  const [N, C, H, W] = size(s).map((d) => [0, d - 1]);
-  const first = s.at[1] - (s.at[1] % (s.C / s.G));
-  const mean = {
-    batch: [N, c, H, W],
-    layer: [n, C, H, W],
-    instance: [n, c, H, W],
-    group: [n, [first, first + s.C / s.G - 1], H, W],
-    pixel: [N, c, h, w],
-    broadcast: [N, s.C === 1 ? C : w, H, W],
-  }[s.norm];
-  return [mean, s.norm === "broadcast" ? [N, C, H, s.C === 1 ? W : w] : mean];
-}
-
-const inside = (box, q) => box.every(([low, high], i) => low <= q[i] && q[i] <= high);
-const rgb = (channel) => `rgb(${[0, 1, 2].map(channel)})`;
-const words = (box, s) =>
-  box
-    .map(([low, high], i) => {
-      const a = "nchw"[i];
-      if (low === high) return `${a}=${low}`;
-      return high - low + 1 === size(s)[i] ? `every ${a}` : `${a}=${low} to ${high}`;
-    })
-    .join(", ");
-const place = (at) => words(at.map((i) => [i, i]));
+// The number of the mean that is subtracted from a cell, and of the mean that the cell enters: but for
+// the second mistake the same.
+const taken = (s, [n, c, h, w]) =>
+  ({ batch: c, layer: n, instance: n * s.C + c, group: n * s.G + Math.floor((c * s.G) / s.C), pixel: (c * s.H + h) * s.W + w, broadcast: s.C === 1 ? 0 : w })[s.norm];
+const enters = (s, q) => (s.norm === "broadcast" ? q[1] : taken(s, q));
 
 // The one case in which NumPy and PyTorch refuse, or return another shape.
 const misfit = (s) => s.norm === "broadcast" && s.C !== 1 && s.C !== s.W;
 
-function statistics(s, x, cells) {
-  const picked = cells.map((q) => x[index(q, s)]);
-  const mean = picked.reduce((a, b) => a + b, 0) / picked.length;
-  const variance = picked.reduce((a, b) => a + (b - mean) ** 2, 0) / picked.length;
-  const value = x[index(s.at, s)];
-  return { count: picked.length, mean, variance, value, y: (value - mean) / Math.sqrt(variance + EPS) };
+function cellsOf(s) {
+  const all = [];
+  for (let n = 0; n < s.N; n++)
+    for (let c = 0; c < s.C; c++)
+      for (let h = 0; h < s.H; h++) for (let w = 0; w < s.W; w++) all.push([n, c, h, w]);
+  return all;
+}
+
+// Count, mean and variance of every group.
+function statistics(s, x) {
+  const groups = [];
+  for (const q of cellsOf(s)) (groups[enters(s, q)] ||= []).push(x[index(q, s)]);
+  return groups.map((group) => {
+    const mean = group.reduce((a, b) => a + b, 0) / group.length;
+    return { count: group.length, mean, variance: group.reduce((a, b) => a + (b - mean) ** 2, 0) / group.length };
+  });
 }
 
 function code(s) {
   const axes = NORMS[s.norm][3];
   const five = [s.N, s.G, s.C / s.G, s.H, s.W].join(", ");
-  const call = "y = torch.nn.functional.";
+  const mean = `mean = x.mean(axis=(${axes}))`;
   return [
-    `# x.shape == (${size(s).join(", ")}): N, C, H, W`,
+    `x.shape  # (${size(s).join(", ")})`,
     ...{
-      batch: [
-        `mean = x.mean(axis=(${axes}))`,
-        "y, cache = bnlib.batch_norm_forward(x)",
-        `${call}batch_norm(x, None, None, training=True)`,
-      ],
-      layer: [`mean = x.mean(axis=(${axes}))`, `${call}layer_norm(x, x.shape[1:])`],
-      instance: [`mean = x.mean(axis=(${axes}))`, `${call}instance_norm(x)`],
-      group: [`mean = x.reshape(${five}).mean(axis=(${axes}))`, `${call}group_norm(x, ${s.G})`],
-      pixel: [`mean = x.mean(axis=(${axes}))  # not batch norm`],
-      broadcast: [
-        `mean = x.mean(axis=(${axes}))  # shape (C,)`,
-        "x - mean  # lines up with W, not with C",
-        "x - bnlib.per_channel(mean, 4)  # the cure",
-      ],
+      batch: [mean, "y = F.batch_norm(x, None, None, training=True)"],
+      layer: [mean, "y = F.layer_norm(x, x.shape[1:])"],
+      instance: [mean, "y = F.instance_norm(x)"],
+      group: [`mean = x.reshape(${five}).mean(axis=(${axes}))`, `y = F.group_norm(x, ${s.G})`],
+      pixel: [mean + "  # not batch norm"],
+      broadcast: [mean, "x - mean  # lines up with W, not with C", "x - bnlib.per_channel(mean, 4)  # the cure"],
     }[s.norm],
   ].join("\n");
 }
 
-const show = (v) => Number(v.toFixed(3)).toString().replace("-", "−");
-
-// A link's fragment is made of words: a norm, "photo", lengths (N2) and the cell (n0).
+// A link's fragment is made of words: a norm, "photo", "after", lengths (N2) and the cell (n0), if any.
 function fromLink(text) {
   const [head, ...words] = text.split("-");
   if (head !== "#explore") return null;
-  const s = { norm: "batch", data: "numbers", N: 2, C: 2, H: 2, W: 2, G: 1, at: [0, 0, 0, 0] };
+  const s = { norm: "batch", data: "numbers", when: "before", N: 2, C: 4, H: 2, W: 4, G: 2, at: null };
   for (const word of words) {
     const [, key, digits] = /^([NCHWGnchw])(\d{1,3})$/.exec(word) || [];
-    if (key > "Z") s.at["nchw".indexOf(key)] = +digits;
+    if (key > "Z") (s.at ||= [0, 0, 0, 0])["nchw".indexOf(key)] = +digits;
     else if (key) s[key] = +digits;
     else if (word === "photo") s.data = word;
+    else if (word === "after") s.when = word;
     else if (Object.hasOwn(NORMS, word)) s.norm = word;
   }
   return settle(s);
 }
 
 const toLink = (s) =>
-  ["#explore", s.norm + (s.data === "photo" ? "-photo" : ""), ...[...AXES, "G"].map((a) => a + s[a]), ...s.at.map((v, i) => "nchw"[i] + v)].join("-");
+  ["#explore", s.norm, ...[s.data, s.when].filter((word) => /photo|after/.test(word)), ...[...AXES, "G"].map((a) => a + s[a]), ...(s.at || []).map((v, i) => "nchw"[i] + v)].join("-");
 
 // Brings every number back into its range, so that a link cannot ask for an impossible state.
 function settle(s) {
   const photo = s.data === "photo";
-  if (photo) Object.assign(s, { C: 3, H: 8, W: 8 });
+  if (photo) Object.assign(s, { C: 3, H: 7, W: 7 });
   else for (const a of AXES) s[a] = clamp(s[a], 1, LIMITS[a]);
   s.N = clamp(s.N, 1, photo ? 2 : LIMITS.N);
   s.G = divisors(s.C).findLast((g) => g <= s.G) || 1;
-  s.at = AXES.map((a, i) => clamp(s.at[i] || 0, 0, s[a] - 1));
+  s.at &&= AXES.map((a, i) => clamp(s.at[i], 0, s[a] - 1));
   return s;
 }
 
 // `data-start` of the root is the fragment to begin with.
 function mount(root) {
   const s = fromLink(root.dataset.start || "#explore");
+  const serial = `ax${document.querySelectorAll(".axis-explorer[data-ready]").length}`;
   root.replaceChildren();
   root.dataset.ready = "";
   root.role = "region";
@@ -142,170 +124,200 @@ function mount(root) {
     el.dataset.lmSuppressShortcuts = "";
     return el;
   };
-  // Text in which {N} is an axis, {_c} an index, and any other {name} a number.
+  // Text in which {N samples} is a word in the colour of an axis, and {mean} a number.
   const write = (el, text, numbers) => {
     el.replaceChildren();
     text.split(/[{}]/).forEach((part, i) => {
       if (i % 2 === 0) el.append(part);
-      else if (part[0] === "_") add(el, "sub", {}, part.slice(1));
-      else if (AXES.includes(part)) add(el, "b", { class: `ax-${part}` }, part);
+      else if (part[1] === " ") add(el, "b", { class: `ax-${part[0]}` }, part.slice(2));
       else add(el, "b", { "data-of": part }, show(numbers[part]));
     });
   };
-
-  const bar = add(root, "div", { class: "ax-bar", role: "group", "aria-label": "What to show" });
-  const inputs = {};
-  const choice = (key, label) => {
-    const select = add(add(bar, "label", { class: `ax-${key}` }, label), "select", { name: key });
-    inputs[key] = select;
-    select.onchange = () => {
-      s[key] = +select.value || select.value;
-      if (s[key] === "numbers") Object.assign(s, { C: 2, H: 2, W: 2 });
-      settle(s);
-      build();
-    };
+  const change = (key, value) => {
+    s[key] = value;
+    if (key === "norm" && value === "group" && s.G === 1) s.G = divisors(s.C)[1] || 1;
+    if (value === "numbers") Object.assign(s, { C: 4, H: 2, W: 4, G: 2 });
+    if (value === "photo") s.G = 3;
+    if (key === "data") s.at = null;
+    settle(s);
+    build();
   };
-  const fill = (key, options) => {
-    inputs[key].replaceChildren();
-    for (const v of options) add(inputs[key], "option", { value: v }, NORMS[v]?.[0] || v);
-    inputs[key].value = s[key];
-    inputs[key].disabled = options.length < 2;
+  const radios = (parent, key, label, options) => {
+    const set = add(parent, "div", { class: `ax-set ax-${key}`, role: "radiogroup", "aria-label": label });
+    for (const [value, ...texts] of options) {
+      const one = add(set, "label", { class: `ax-${texts[1]}` });
+      const input = add(one, "input", { type: "radio", name: serial + key, value });
+      input.onchange = () => change(key, value);
+      texts.forEach((text) => add(one, "span", {}, text));
+    }
   };
-  choice("norm", "Norm");
-  choice("data", "Values");
-  for (const a of AXES) choice(a, a);
-  choice("G", "Groups G");
-  add(bar, "p", {}, "Touch a cell or use arrow keys.");
 
-  const formula = add(root, "p", { class: "ax-formula" });
-  const live = add(root, "p", { class: "ax-live", "aria-live": "polite", "aria-atomic": "true" });
-  const view = add(root, "div", { class: "ax-view" });
-  const grid = add(view, "div", {
-    class: "ax-grid",
-    role: "grid",
-    "aria-multiselectable": "true",
-    "aria-label": "Cells, selected if in the mean",
-  });
-  const side = add(view, "div", { class: "ax-side" });
-  const picture = add(side, "canvas", {
-    role: "img",
-    "aria-label": "Photographs and their planes: whole pixels are in the mean",
-  });
-  const caption = add(side, "p");
-  const lines = add(root, "pre", { class: "ax-code", tabindex: "0", role: "group", "aria-label": "The same in code" });
-  const link = add(add(root, "p", { class: "ax-foot" }), "a", {}, "Link to this view");
+  radios(root, "norm", "Norm", Object.entries(NORMS).map(([key, [first, second]]) => [key, first, second]));
+  const says = add(root, "p", { class: "ax-says", role: "status" });
+  const stage = add(root, "div", { class: "ax-stage" });
+  const grid = add(stage, "div", { class: "ax-grid", role: "grid", "aria-multiselectable": "true", "aria-label": "Cells; arrow keys choose one, and its group is selected" });
+  const slide = add(stage, "p", { class: "ax-slide" }, "← more cells: slide sideways →");
+  const live = add(stage, "div", { class: "ax-card", "aria-live": "polite", "aria-atomic": "true" });
+  const lines = add(stage, "pre", { class: "ax-code", tabindex: "0", role: "group", "aria-label": "The same in code" });
+  const foot = add(root, "div", { class: "ax-foot" });
+  radios(foot, "data", "Values", [["numbers", "Numbers"], ["photo", "Photos"]]);
+  radios(foot, "when", "Values before or after the norm", [["before", "Before"], ["after", "After"]]);
+  const more = add(foot, "details");
+  add(more, "summary", {}, "Sizes");
+  const menus = {};
+  for (const a of [...AXES, "G"]) {
+    menus[a] = add(add(more, "label", { class: `ax-${a}` }, a), "select", { name: a });
+    menus[a].onchange = () => change(a, +menus[a].value);
+  }
+  const link = add(more, "a", {}, "Link to this view");
   let cells = [];
   let x = [];
+  let over = null; // the cell under the mouse
 
   function build() {
     const photo = s.data === "photo";
-    fill("norm", Object.keys(NORMS));
-    fill("data", ["numbers", "photo"]);
-    for (const a of AXES) fill(a, !photo ? upTo(LIMITS[a]) : a === "N" ? [1, 2] : [s[a]]);
-    fill("G", divisors(s.C));
-    inputs.G.parentNode.style.display = s.norm === "group" ? "" : "none";
+    over = null;
+    for (const key of ["norm", "data", "when"]) root.querySelector(`.ax-${key} [value=${s[key]}]`).checked = true;
+    for (const a of [...AXES, "G"]) {
+      const options = a === "G" ? divisors(s.C) : !photo ? upTo(LIMITS[a]) : a === "N" ? [1, 2] : [s[a]];
+      menus[a].replaceChildren();
+      for (const v of options) add(menus[a], "option", { value: v }, v);
+      menus[a].value = s[a];
+      menus[a].disabled = options.length < 2;
+    }
+    menus.G.parentNode.style.display = s.norm === "group" ? "" : "none";
     x = values(s);
     grid.replaceChildren();
     grid.classList.toggle("ax-photo", photo);
-    // How many cells it is wide and high, with the gaps, so that all of it is seen at once.
-    grid.style = `--w: ${s.W}; --cols: ${s.N * (s.W + 0.4)}; --rows: ${s.C * (s.H + 0.25) + 1}`;
+    grid.style = `--w: ${s.W}; --cols: ${s.N * s.W}; --gaps: ${s.N - 1}`;
     cells = [];
     const head = add(grid, "div", { role: "row" });
-    add(head, "span", { class: "ax-C" });
-    for (let n = 0; n < s.N; n++)
-      add(head, "span", { role: "columnheader", "aria-colspan": s.W, class: "ax-N" }, `n=${n}`);
+    add(head, "span", { role: "columnheader", class: "ax-C" }, "channel");
+    for (let n = 0; n < s.N; n++) {
+      const top = add(head, "span", { role: "columnheader", "aria-colspan": s.W, class: "ax-N" }, `sample ${n}`);
+      if (photo) add(top, "canvas", { width: 7, height: 7 });
+    }
     for (let c = 0; c < s.C; c++)
       for (let h = 0; h < s.H; h++) {
         const row = add(grid, "div", { role: "row", class: h ? "" : "ax-gap" });
-        // The eye gets the first word, once for a channel; the style sheet pushes the others out.
-        add(row, "span", { role: "rowheader", class: "ax-C" }, `${photo ? "RGB"[c] : "c=" + c} h=${h}`).style.textIndent = h ? "9em" : 0;
+        // The eye gets it once for a channel.
+        add(row, "span", { role: "rowheader", class: "ax-C" }, `${photo ? ["red", "green", "blue"][c] : "channel " + c}${h ? `, row ${h}` : ""}`);
         for (let n = 0; n < s.N; n++)
           for (let w = 0; w < s.W; w++) {
-            const v = x[index([n, c, h, w], s)];
-            const cell = add(row, "span", { role: "gridcell" }, photo ? "" : v);
-            if (photo) cell.style.background = rgb((k) => (k === c ? v : 0));
-            cells.push(Object.assign(cell, { at: [n, c, h, w], value: v }));
-            if (n && !w) cell.classList.add("ax-gap");
+            const cell = add(row, "span", { role: "gridcell", class: n && !w ? "ax-gap" : "" });
+            cells.push(Object.assign(cell, { at: [n, c, h, w] }));
           }
       }
+    slide.hidden = grid.scrollWidth <= grid.clientWidth;
     paint();
   }
 
-  function paint(focus) {
+  const color = (el, k) => {
+    el.style.setProperty("--h", HUES[k % 8] + 16 * Math.floor(k / 8));
+    el.dataset.look = k % 4;
+  };
+
+  function paint() {
+    const photo = s.data === "photo";
     const refused = misfit(s);
     const wrong = s.norm === "broadcast";
-    const [mean, dots] = boxes(s);
-    const lit = [];
-    for (const cell of cells) {
-      const on = !refused && inside(mean, cell.at);
-      const dotted = wrong && !refused && inside(dots, cell.at);
-      const me = place(cell.at) === place(s.at);
-      if (on) lit.push(cell.at);
-      cell.classList.toggle("ax-lit", on);
-      cell.classList.toggle("ax-dot", dotted);
-      cell.classList.toggle("ax-me", me);
+    const groups = statistics(s, x);
+    const me = over || s.at;
+    const mine = me && !refused ? taken(s, me) : -1;
+    const after = (q, v) => (v - groups[taken(s, q)].mean) / Math.sqrt(groups[taken(s, q)].variance + EPS);
+    const shown = cells.map((cell) => {
+      const v = x[index(cell.at, s)];
+      return s.when === "after" && !refused ? after(cell.at, v) : v;
+    });
+    cells.forEach((cell, i) => {
+      const k = refused ? -1 : taken(s, cell.at);
+      const on = k === mine && mine >= 0;
+      const chosen = s.at && place(cell.at) === place(s.at);
+      const source = wrong && mine >= 0 && enters(s, cell.at) === mine;
+      cell.classList.toggle("ax-off", k < 0 || (me && !on));
+      cell.classList.toggle("ax-me", !!me && place(cell.at) === place(me));
+      cell.classList.toggle("ax-from", source);
+      color(cell, k);
+      if (photo) cell.style.setProperty("--l", clamp(s.when === "after" ? 0.55 + 0.17 * shown[i] : 0.18 + (0.77 * shown[i]) / 255, 0.12, 0.97));
+      else cell.textContent = s.when === "after" && !refused ? show(shown[i], 1) : shown[i];
       cell.ariaSelected = on;
-      cell.ariaLabel = `${cell.value} at ${place(cell.at)}` + (on ? ", in the mean" : "") + (dotted ? ", dotted" : "");
-      cell.tabIndex = me ? 0 : -1;
-      if (me && focus) cell.focus();
-    }
+      cell.ariaLabel = `${show(shown[i])} at ${place(cell.at)}` + (k < 0 ? "" : `, mean ${k}`) + (source ? ", in the mean" : "");
+      cell.tabIndex = (s.at ? chosen : !i) ? 0 : -1;
+    });
+    grid.querySelectorAll("canvas").forEach((canvas, n) => {
+      const pen = canvas.getContext("2d");
+      for (let h = 0; h < 7; h++)
+        for (let w = 0; w < 7; w++) {
+          const rgb = [0, 1, 2].map((c) => shown[cells.findIndex((cell) => place(cell.at) === place([n, c, h, w]))]);
+          pen.fillStyle = `rgb(${rgb.map((v) => (s.when === "after" ? 128 + 55 * v : v))})`;
+          pen.fillRect(w, h, 1, 1);
+        }
+    });
     link.href = toLink(s);
     lines.textContent = code(s);
-    const [name, sub, over, axes] = NORMS[s.norm];
-    write(formula, `${name}: μ{_${sub}} = mean over ${over}, axis=(${axes.replaceAll(" ", "\u00a0")})` + (wrong ? ", but x − μ subtracts μ{_w}" : ""));
-    const t = refused || statistics(s, x, lit);
-    const one = t.count === 1;
-    const shares = wrong ? "in the mean" : one ? "has its own mean" : "share one mean";
+    const per = s.C / s.G;
+    const count = groups[0].count;
     write(
-      live,
-      `Cell ${place(s.at)}: ` +
-        (refused
-          ? `a mean of length C = ${s.C} does not fit W = ${s.W}: x - mean ${s.W > 1 ? "raises an error" : "has another shape"}. Try W=C.`
-          : `{count} cell${one ? "" : "s"} ${shares}: ${words(mean, s)}` +
-            (s.norm === "group" ? ` (group ${(mean[1][0] * s.G) / s.C} of ${s.G})` : "") +
-            (wrong ? `. Subtracted from this and all dotted cells: ${words(dots, s)}` : "") +
-            `. Mean {mean}, variance {variance}. Output ({value} − ${show(t.mean)}) / √(${show(t.variance)} + 10⁻⁵) = {y}.`),
+      says,
+      refused
+        ? `A mean of length C = ${s.C} does not fit W = ${s.W}: x − mean ${s.W > 1 ? "raises an error" : "has another shape"}. Choose sizes with W = C.`
+        : NORMS[s.norm][2].replace("*", per === 1 ? "channel" : `${per} channels`) + `: ${many(groups.length, "mean")}, each of ${many(count, "value")}.`,
+    );
+    live.replaceChildren();
+    if (refused) return;
+    if (!me) {
+      add(live, "p", {}, "Touch a cell or use the arrow keys: its group comes forward.");
+      const list = add(live, "ul", { "aria-label": "The means" });
+      groups.slice(0, 8).forEach(({ mean }, k) => color(add(list, "li", {}, show(mean, 2)), k));
+      if (groups.length > 8) add(list, "li", {}, "and " + (groups.length - 8) + " more");
+      return;
+    }
+    const value = x[index(me, s)];
+    const t = { ...groups[mine], value, y: after(me, value) };
+    add(live, "p", {}, `Cell ${place(me)}`);
+    write(add(live, "p", { class: "ax-big" }), "{value} → {y}", t);
+    write(
+      add(live, "p"),
+      (wrong ? "It loses the mean of channel " + mine + " (dashed): {mean}" : "Mean {mean}") + ", variance {variance}, of " + (t.count === 1 ? "{count} cell." : "{count} cells."),
       t,
     );
-
-    // The same norm on photographs: the colours, then one plane for each channel.
-    const p = settle({ ...s, data: "photo" });
-    const bytes = values(p);
-    const same = !misfit(p) && boxes(p)[0];
-    Object.assign(picture, { width: p.N * 27 - 3, height: 105 });
-    const pen = picture.getContext("2d");
-    for (let n = 0; n < p.N; n++)
-      for (let k = 0; k < 4; k++)
-        for (let h = 0; h < 8; h++)
-          for (let w = 0; w < 8; w++) {
-            const less = !k || (same && inside(same, [n, k - 1, h, w])) ? 0 : 1;
-            pen.fillStyle = rgb((c) => (k && c !== k - 1 ? 0 : bytes[index([n, c, h, w], p)]));
-            pen.fillRect(n * 27 + w * 3 + less, k * 27 + h * 3 + less, 3 - 2 * less, 3 - 2 * less);
-          }
-    caption.textContent = `Photographs, shape (${size(p).join(", ")})${s.norm === "group" ? ", G=" + p.G : ""}: ${same ? words(same, p) : "x - mean raises an error"}.`;
+    add(live, "p", {}, `(${show(value)} − mean) / √(variance + 10⁻⁵)`);
+    if (s.at) add(live, "button", { type: "button" }, "Show all").onclick = () => go(null);
   }
 
   const go = (at) => {
     s.at = at;
-    paint(true);
+    over = null;
+    paint();
   };
   const under = (e) => e.target.closest("[role=gridcell]");
-  grid.onclick = (e) => under(e) && go(under(e).at);
+  grid.onclick = (e) => under(e) && go(s.at && place(under(e).at) === place(s.at) ? null : under(e).at);
   // Not pointerover: that also comes when the page scrolls under a mouse at rest.
   grid.onpointermove = (e) => {
-    if (e.pointerType !== "mouse" || !under(e) || under(e).tabIndex === 0) return;
-    s.at = under(e).at;
-    paint(grid.contains(document.activeElement));
+    const cell = e.pointerType === "mouse" && under(e);
+    if (!cell || cell.at === over) return;
+    over = cell.at;
+    paint();
+  };
+  grid.onpointerleave = () => {
+    if (!over) return;
+    over = null;
+    paint();
   };
   grid.onkeydown = (e) => {
-    const [n, c, h, w] = s.at;
+    if (e.key === "Escape") return go(null);
     const all = e.ctrlKey ? 99 : 0;
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [-all, -99], End: [all, 99] }[e.key];
+    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [-all, -99], End: [all, 99], " ": [0, 0], Enter: [0, 0] }[e.key];
     if (!step) return;
     e.preventDefault();
+    const [n, c, h, w] = under(e).at;
     const row = clamp(c * s.H + h + step[0], 0, s.C * s.H - 1);
     const col = clamp(n * s.W + w + step[1], 0, s.N * s.W - 1);
     go([Math.floor(col / s.W), Math.floor(row / s.H), row % s.H, col % s.W]);
+    const cell = cells.find((cell) => cell.tabIndex === 0);
+    cell.focus({ preventScroll: true });
+    // The numbers stay on the screen too, if there is room for both.
+    for (const el of [live, cell]) el.scrollIntoView({ block: "nearest", inline: "nearest" });
   };
   const follow = () => {
     const asked = fromLink(location.hash);

@@ -71,25 +71,29 @@ class AxisExplorer:
 
 def axis_explorer(
     norm: str = "batch",
-    shape: Sequence[int] = (2, 2, 2, 2),
+    shape: Sequence[int] = (2, 4, 2, 4),
     *,
-    groups: int = 1,
-    at: Sequence[int] = (0, 0, 0, 0),
+    groups: int | None = None,
+    at: Sequence[int] | None = None,
     photo: bool = False,
+    after: bool = False,
 ) -> AxisExplorer:
     """Return an interactive figure of which cells share one mean and one variance.
 
-    The reader picks the norm, the four lengths and a cell; the cells that share the cell's mean are
-    lit, with the numbers, the formula and the code. End a cell with the call to show it.
+    Every set of cells that shares one mean has its colour. A cell that the reader touches brings
+    its group forward, with mean, variance and output; the norm, the four lengths, the values before
+    and after, and two photographs are to be chosen. End a cell with the call to show it.
 
     Args:
         norm: ``batch``, ``layer``, ``instance`` or ``group``; or one of two mistakes, ``pixel``
             (a mean over N alone) and ``broadcast`` (``x - mean``, which lines up with W).
         shape: the lengths (N, C, H, W), at most (4, 6, 4, 4).
-        groups: the number of groups of group norm, a divisor of C.
-        at: the cell (n, c, h, w) to begin with.
-        photo: begin with two photographs of 8 x 8 pixels, shape (2, 3, 8, 8), instead of numbers;
+        groups: the number of groups of group norm, a divisor of C; None for two, where C is even,
+            else for C.
+        at: the cell (n, c, h, w) to begin with; None for no cell, and all groups in colour.
+        photo: begin with two photographs of 7 x 7 pixels, shape (2, 3, 7, 7), instead of numbers;
             ``shape`` is then not used.
+        after: begin with the values after the norm.
 
     Returns:
         An :class:`AxisExplorer`.
@@ -101,10 +105,10 @@ def axis_explorer(
     Source: the drawing of Wu & He (2018), figure 2, made to be touched. Used in *Which axes?*
 
     Examples:
-        >>> axis_explorer("group", (2, 4, 2, 2), groups=2, at=(1, 3, 0, 0)).fragment
+        >>> axis_explorer("group", (2, 4, 2, 2), at=(1, 3, 0, 0)).fragment
         '#explore-group-N2-C4-H2-W2-G2-n1-c3-h0-w0'
     """
-    lengths = (2, 3, 8, 8) if photo else tuple(shape)
+    lengths = (2, 3, 7, 7) if photo else tuple(shape)
     limits = (4, 6, 4, 4)
     if norm not in _NORMS:
         raise ValueError(f"expected norm to be one of {_NORMS}, got {norm!r}")
@@ -113,13 +117,17 @@ def axis_explorer(
         or any(not 1 <= d <= most for d, most in zip(lengths, limits, strict=True))
     ):
         raise ValueError(f"expected shape (N, C, H, W) from 1 to {limits}, got {shape}")
-    if groups < 1 or lengths[1] % groups:
-        raise ValueError(f"expected groups that divide C = {lengths[1]}, got {groups}")
-    if len(at) != 4 or any(not 0 <= i < d for i, d in zip(at, lengths, strict=True)):
-        raise ValueError(f"expected at to be a cell of shape {lengths}, got {tuple(at)}")
-    words = ["#explore", norm, *(["photo"] if photo else [])]
+    channels = lengths[1]
+    if groups is None:
+        groups = channels if channels % 2 else 2
+    if groups < 1 or channels % groups:
+        raise ValueError(f"expected groups that divide C = {channels}, got {groups}")
+    words = ["#explore", norm, *(["photo"] if photo else []), *(["after"] if after else [])]
     words += [f"{axis}{d}" for axis, d in zip("NCHW", lengths, strict=True)] + [f"G{groups}"]
-    words += [f"{axis}{i}" for axis, i in zip("nchw", at, strict=True)]
+    if at is not None:
+        if len(at) != 4 or any(not 0 <= i < d for i, d in zip(at, lengths, strict=True)):
+            raise ValueError(f"expected at to be a cell of shape {lengths}, got {tuple(at)}")
+        words += [f"{axis}{i}" for axis, i in zip("nchw", at, strict=True)]
     return AxisExplorer("-".join(words))
 
 

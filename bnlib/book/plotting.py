@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
-from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from bnlib.axes import per_channel
 from bnlib.book import colors
@@ -40,10 +40,13 @@ def use_style() -> None:
 
 
 # Tints for cells that share one mean: away from the four axis colours, and amber against violet is
-# safe for colour-blind readers. Brackets, labels and hatching say the same without colour.
+# safe for colour-blind readers. Frames, words and hatching say the same without colour.
 GROUP_COLORS = ("#e0b13c", "#8f83d8", "#6cc3d5", "#b0b0b0")
 _HATCHES = ("", "///", "...", "xx")
 _DARK_TEXT = PAGE.dark  # on cells whose fill is opaque and pale, on either page
+
+# Inches, which are the unit of what draw_planes draws.
+_LEFT, _RIGHT, _GAP, _ROW_GAP, _EDGE = 0.62, 1.08, 0.07, 0.2, 0.05
 
 
 def draw_planes(
@@ -52,28 +55,26 @@ def draw_planes(
     groups: Any = None,
     *,
     names: Sequence[str] | None = None,
-    labels: Sequence[str] | None = None,
     colors: Sequence[str] | None = None,
-    numbers: bool = False,
+    texts: Any = None,
     composite: bool = False,
 ) -> Axes:
     """Draw a batch as a block of planes, and mark which cells share one mean and one variance.
 
     A column is a sample n, a row is a channel c, and each plane shows its H x W cells. By default
-    a group is a channel, as in batch normalization: its row is framed, and a bracket gives its
-    mean and standard deviation, taken by :func:`bnlib.moments`.
+    a group is a channel, as in batch normalization: a frame runs across the samples, and beside it
+    stand its mean and standard deviation, taken by :func:`bnlib.moments`.
 
     Args:
-        ax: the Axes to draw on; its ticks and frame are removed.
+        ax: the Axes to draw on, as wide as its figure; its ticks and frame are removed.
         x: array of shape (N, C, H, W), real, at least one cell.
-        groups: None, or non-negative integers that broadcast to the shape of ``x``, the number of
-            the group that each cell belongs to. The cells are then tinted by group and hatched,
-            and a legend explains the groups; this needs ``numbers=True``.
+        groups: None, or integers from 0 that broadcast to the shape of ``x``, the number of the
+            group that each cell belongs to. The cells are then tinted and hatched by group instead
+            of framed; this needs ``texts``.
         names: a name for every channel; the default is ``c = 0``, ``c = 1`` and so on.
-        labels: a text for every group, in place of its statistics.
-        colors: a colour for every group. Given colours also tint the planes, dark to full colour;
-            by default the planes are grey and the groups are told apart by ``GROUP_COLORS``.
-        numbers: write every cell's value into it instead of showing its brightness.
+        colors: a colour for every channel, for its frame and for its planes, dark to full colour;
+            by default the planes are grey and the frames are told apart by ``GROUP_COLORS``.
+        texts: what to write into every cell instead of showing its brightness, shape of ``x``.
         composite: draw above the planes the colour picture that three channels in 0..1 make.
 
     Returns:
@@ -82,7 +83,8 @@ def draw_planes(
     Raises:
         ValueError: ``x`` is not of rank 4, is empty, or has not three channels for ``composite``;
             ``groups`` does not broadcast, holds anything but integers >= 0, or comes without
-            ``numbers``; a list of texts or colours has the wrong length.
+            ``texts``, which must have the shape of ``x``; there is not one name or colour for each
+            channel.
 
     Used in *Which axes?*
     """
@@ -92,85 +94,77 @@ def draw_planes(
     samples, channels, height, width = x.shape
     if composite and channels != 3:
         raise ValueError(f"expected 3 channels for composite=True, got shape {x.shape}")
-    by_cell = _checked_groups(groups, x, numbers)
-    count = int(by_cell.max()) + 1
-    for name, given, length in (
-        ("names", names, channels),
-        ("labels", labels, count),
-        ("colors", colors, count),
-    ):
-        if given is not None and len(given) != length:
-            raise ValueError(f"expected {length} {name} for shape {x.shape}, got {len(given)}")
+    if texts is not None and np.shape(texts) != x.shape:
+        raise ValueError(f"expected texts of shape {x.shape}, got shape {np.shape(texts)}")
+    by_cell = _checked_groups(groups, x, texts)
+    for name, given in (("names", names), ("colors", colors)):
+        if given is not None and len(given) != channels:
+            raise ValueError(f"expected {channels} {name} for shape {x.shape}, got {len(given)}")
 
-    side = max(height, width)
-    plane_w, plane_h = width / side, height / side
-    step_x, step_y = plane_w + 0.12, plane_h + 0.36
-    right = (samples - 1) * step_x + plane_w
-    palette = colors or [GROUP_COLORS[g % len(GROUP_COLORS)] for g in range(count)]
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    page = figure.get_figwidth()
+    plane_w = (page - _LEFT - _RIGHT - (samples - 1) * _GAP) / samples
+    # A cell that holds words need not be square.
+    plane_h = plane_w * height / width * (1 if texts is None else 0.62)
+    lefts = [_LEFT + n * (plane_w + _GAP) for n in range(samples)]
+    right = page - _RIGHT
+    palette = colors or [GROUP_COLORS[c % len(GROUP_COLORS)] for c in range(channels)]
     low, high = float(x.min()), float(x.max())
 
-    top = 0.0
+    top = 0.3  # below the arrow along N
+    _axis_arrow(ax, "N", samples, (_LEFT, 0.22), (right, 0.22))
     if composite:
-        top = step_y
         for n in range(samples):
-            _image(ax, n * step_x, 0, plane_w, plane_h, np.moveaxis(x[n], 0, -1).clip(0, 1))
-        ax.text(-0.66, plane_h / 2, "the samples", ha="right", va="center")
-    for c in range(channels):
-        y = top + c * step_y
+            picture = np.moveaxis(x[n], 0, -1).clip(0, 1)
+            _image(ax, lefts[n], top, plane_w, plane_h, picture)
+        words = f"{samples} samples,\nsplit into\n{channels} channels"
+        ax.text(right + 0.12, top + plane_h / 2, words, va="center", linespacing=1.3)
+        top += plane_h + _ROW_GAP
+    tops = [top + c * (plane_h + _ROW_GAP) for c in range(channels)]
+    bottom = tops[-1] + plane_h
+    for c, y in enumerate(tops):
         if groups is None:
-            _frame(ax, -0.1, y - 0.1, right + 0.2, plane_h + 0.2, palette[c])
-            text = labels[c] if labels else _statistics(x, c)
-            _bracket(ax, right + 0.22, y - 0.1, y + plane_h + 0.1, text)
-        name = names[c] if names else f"$c$ = {c}"
-        ax.text(-0.66, y + plane_h / 2, name, ha="right", va="center")
+            place = (_LEFT - _EDGE, y - _EDGE, right - _LEFT + 2 * _EDGE, plane_h + 2 * _EDGE)
+            _frame(ax, *place, palette[c])
+        name = names[c] if names else f"c = {c}"
+        ax.text(
+            right + 0.12,
+            y + plane_h / 2,
+            name if groups is not None else f"{name}\n{_statistics(x, c)}",
+            va="center",
+            linespacing=1.3,
+        )
         for n in range(samples):
-            place = (n * step_x, y, plane_w, plane_h)
-            if numbers:
-                _cells(ax, *place, x[n, c], by_cell[n, c], palette)
+            place = (lefts[n], y, plane_w, plane_h)
+            if texts is not None:
+                fills = palette if groups is None else GROUP_COLORS
+                _cells(ax, *place, np.asarray(texts)[n, c], by_cell[n, c], fills)
             else:
                 shades = LinearSegmentedColormap.from_list(
                     "plane", ["black", colors[c] if colors else "white"]
                 )
                 _image(ax, *place, x[n, c], cmap=shades, vmin=low, vmax=high)
 
-    bottom = top + (channels - 1) * step_y + plane_h
-    _axis_arrow(ax, "N", samples, (0, -0.24), (right, -0.24))
-    _axis_arrow(ax, "C", channels, (-1.8, top), (-1.8, bottom))
-    _axis_arrow(ax, "H", height, (-0.2, bottom - plane_h), (-0.2, bottom))
-    _axis_arrow(ax, "W", width, (0, bottom + 0.2), (plane_w, bottom + 0.2))
-    if groups is not None:
-        ax.legend(
-            handles=[
-                Patch(
-                    facecolor=_pale(palette[g]),
-                    edgecolor="white",
-                    hatch=_HATCHES[g % len(_HATCHES)],
-                    label=labels[g] if labels else f"group {g}",
-                )
-                for g in range(count)
-            ],
-            loc="center left",
-            bbox_to_anchor=(right + 0.22, (top + bottom) / 2),
-            bbox_transform=ax.transData,
-            handleheight=1.8,
-            labelspacing=1.2,
-        )
-    ax.set_xlim(-2.15, right + 2.6)
-    ax.set_ylim(bottom + 0.52, -0.52)
+    _axis_arrow(ax, "C", channels, (0.2, top), (0.2, bottom))
+    _axis_arrow(ax, "H", height, (_LEFT - 0.12, tops[-1]), (_LEFT - 0.12, bottom))
+    _axis_arrow(ax, "W", width, (_LEFT, bottom + 0.13), (_LEFT + plane_w, bottom + 0.13))
+    ax.set_xlim(0, page)
+    ax.set_ylim(bottom + 0.38, 0)
     ax.set_aspect("equal")
     ax.set_axis_off()
     return ax
 
 
-def _checked_groups(groups: Any, x: np.ndarray, numbers: bool) -> np.ndarray:
+def _checked_groups(groups: Any, x: np.ndarray, texts: Any) -> np.ndarray:
     """The group of every cell, in the shape of ``x``."""
     if groups is None:
         return np.broadcast_to(per_channel(np.arange(x.shape[1]), x.ndim), x.shape)
     groups = np.asarray(groups)
     if groups.dtype.kind not in "iu" or groups.min(initial=0) < 0:
         raise ValueError(f"expected groups of integers >= 0, got {groups!r}")
-    if not numbers:
-        raise ValueError("expected numbers=True with groups: only numbered cells are tinted singly")
+    if texts is None:
+        raise ValueError("expected texts with groups: only cells with words are tinted singly")
     try:
         return np.broadcast_to(groups, x.shape)
     except ValueError:
@@ -182,11 +176,8 @@ def _checked_groups(groups: Any, x: np.ndarray, numbers: bool) -> np.ndarray:
 def _statistics(x: np.ndarray, channel: int) -> str:
     statistics = moments(x.astype(np.float64))
     std = np.sqrt(statistics.var()[channel])
-    return (
-        f"one mean $\\mu$ = {statistics.mean[channel]:.3f}\n"
-        f"one std $\\sigma$ = {std:.3f}\n"
-        f"of N·H·W = {statistics.count} values"
-    )
+    mean = statistics.mean[channel]
+    return f"mean {mean:.3f}\nstd {std:.3f}\n{statistics.count} values"
 
 
 def _image(
@@ -207,23 +198,22 @@ def _cells(
     top: float,
     width: float,
     height: float,
-    values: np.ndarray,
+    texts: np.ndarray,
     groups: np.ndarray,
     palette: Sequence[str],
 ) -> None:
-    rows, columns = values.shape
+    rows, columns = texts.shape
     size = (width / columns, height / rows)
-    for (i, j), value in np.ndenumerate(values):
+    for (i, j), text in np.ndenumerate(texts):
         corner = (left + j * size[0], top + i * size[1])
         group = int(groups[i, j])
-        fill = _pale(palette[group])
+        fill = _pale(palette[group % len(palette)])
         hatch = _HATCHES[group % len(_HATCHES)]
         ax.add_patch(Rectangle(corner, *size, facecolor=fill, edgecolor="white", hatch=hatch))
         middle = (corner[0] + size[0] / 2, corner[1] + size[1] / 2)
-        box = {"boxstyle": "round,pad=0.12", "facecolor": fill, "edgecolor": "none"}
-        ax.text(
-            *middle, f"{value:.3g}", ha="center", va="center_baseline", color=_DARK_TEXT, bbox=box
-        )
+        box = {"boxstyle": "round,pad=0.1", "facecolor": fill, "edgecolor": "none"}
+        how: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.25, "bbox": box}
+        ax.text(*middle, str(text), color=_DARK_TEXT, **how)
 
 
 def _frame(ax: Axes, left: float, top: float, width: float, height: float, color: str) -> None:
@@ -233,7 +223,7 @@ def _frame(ax: Axes, left: float, top: float, width: float, height: float, color
                 (left, top),
                 width,
                 height,
-                boxstyle="round,pad=0,rounding_size=0.1",
+                boxstyle="round,pad=0,rounding_size=0.05",
                 facecolor=face,
                 edgecolor=edge,
                 alpha=alpha,
@@ -241,11 +231,6 @@ def _frame(ax: Axes, left: float, top: float, width: float, height: float, color
                 zorder=zorder,
             )
         )
-
-
-def _bracket(ax: Axes, left: float, top: float, bottom: float, text: str) -> None:
-    ax.plot([left, left + 0.08, left + 0.08, left], [top, top, bottom, bottom], color=INK, lw=1.5)
-    ax.text(left + 0.18, (top + bottom) / 2, text, va="center", linespacing=1.35)
 
 
 def _axis_arrow(
@@ -261,8 +246,8 @@ def _axis_arrow(
     vertical = tail[0] == head[0]
     above = letter == "N"
     ax.text(
-        tail[0] - 0.05 if vertical else (tail[0] + head[0]) / 2,
-        (tail[1] + head[1]) / 2 if vertical else tail[1] + (-0.06 if above else 0.09),
+        tail[0] - 0.04 if vertical else (tail[0] + head[0]) / 2,
+        (tail[1] + head[1]) / 2 if vertical else tail[1] + (-0.03 if above else 0.04),
         f"{letter} = {length}",
         color=color,
         fontweight="bold",

@@ -80,12 +80,12 @@ class ExplorerDirective(SphinxDirective):
         "groups": int,
         "at": _numbers,
         "photo": directives.flag,
+        "after": directives.flag,
     }
 
     def run(self) -> list[nodes.Node]:
-        options = dict(self.options)
-        if "photo" in options:
-            options["photo"] = True
+        # A flag that is there has no value.
+        options = {k: True if v is None else v for k, v in self.options.items()}
         try:
             html = axis_explorer(**options)._repr_html_()
         except ValueError as problem:

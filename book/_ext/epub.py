@@ -11,13 +11,10 @@ sources, and the same date in ``SOURCE_DATE_EPOCH``, give the same bytes.
 from __future__ import annotations
 
 import html
-import io
 import zipfile
 from pathlib import Path, PurePosixPath
 
-import matplotlib
 from bs4 import BeautifulSoup, Comment, Tag
-from PIL import Image, ImageDraw, ImageFont
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.builders.epub3 import Epub3Builder
@@ -43,8 +40,8 @@ ACCESSIBLE = (
 )
 # The kinds of words in code that epub.css sets apart; the others become plain text.
 KINDS = {"c1", "sd", "k", "kc", "kn", "ow", "nb", "nf", "nc", "s1", "s2", "mi", "mf", "gp", "gt"}
-COVER = Path(__file__).parent.parent / "_static" / "axis-block.png"
-COVER_ALT = "Digits and photographs as planes; the planes of one channel share a frame and a mean."
+COVER = Path(__file__).parent.parent / "_static" / "cover.png"
+COVER_ALT = "Two samples of four channels as blocks of cells; those of one colour share a mean."
 
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
@@ -165,27 +162,6 @@ def headings(body: Tag) -> list[tuple[str, str]]:
     return [(h.parent["id"], " ".join(h.get_text().split())) for h in found]
 
 
-# --- The cover ------------------------------------------------------------------------------------
-
-
-def draw_cover(title: str, author: str) -> bytes:
-    """A page with the title, the book's first picture and the author, as PNG."""
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    large = ImageFont.truetype(folder / "DejaVuSans-Bold.ttf", 84)
-    small = ImageFont.truetype(folder / "DejaVuSans.ttf", 44)
-    cover = Image.new("RGB", (1200, 1600), "white")
-    pen = ImageDraw.Draw(cover)
-    for i, line in enumerate(title.split(", ")):
-        pen.text((600, 130 + 120 * i), line, "#14181e", large, "mm")
-    with Image.open(COVER) as picture:
-        wide = picture.convert("RGBA").resize((1000, 1000 * picture.height // picture.width))
-    cover.paste(wide, (100, 390), wide)
-    pen.text((600, 1490), author, "#4d5663", small, "mm")
-    buffer = io.BytesIO()
-    cover.quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
-    return buffer.getvalue()
-
-
 # --- The builder ----------------------------------------------------------------------------------
 
 
@@ -250,7 +226,7 @@ class BookEpub(Epub3Builder):
             "nav.xhtml": self.page("nav", "Contents", self.navigation()),
             **files,
             "epub.css": Path(__file__).with_suffix(".css").read_bytes(),
-            "cover.png": draw_cover(title, author),
+            "cover.png": COVER.read_bytes(),
         }
         files.update({f"{self.imagedir}/{name}": data for data, name in pictures.items()})
         return {

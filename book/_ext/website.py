@@ -21,8 +21,8 @@ from sphinx.util.docutils import SphinxDirective
 
 # --- The address ----------------------------------------------------------------------------------
 
-CARD = "_static/social-card.png"  # drawn by tools/social_card.py
-CARD_ALT = "Four photographs as red, green and blue planes; those of one colour share a mean."
+CARD = "_static/card.png"  # drawn by tools/identity.py
+CARD_ALT = "Two samples of four channels as blocks of cells; those of one colour share a mean."
 CARD_SIZE = (1200, 630)
 
 
