@@ -691,7 +691,7 @@ def test_far_blocks_are_read_aloud(site, reading):
     page.goto(site.joinpath(*LONGEST).as_uri())
     folded = ".dropdown, details > :not(summary)"
     formulas = page.evaluate(
-        f"[...document.querySelectorAll('math')].filter(e => !e.closest('{folded}')).length"
+        f"[...document.querySelectorAll('article math')].filter(e => !e.closest('{folded}')).length"
     )
     sources = page.evaluate("[...document.querySelectorAll('annotation')].map(e => e.textContent)")
     session = page.context.new_cdp_session(page)
