@@ -26,7 +26,7 @@ from bnlib.book import colors
 
 LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
 LINE = 74  # signs of code that a desk shows without scrolling
-MOST = 2_500  # elements that a browser must lay out before a page is there
+MOST = 2_700  # elements that a browser must lay out before a page is there
 LONGEST = ("book", "layer", "backward.html")
 FAR = 'section > [style^="--lines"]'  # what far_blocks.py puts off
 WIDTHS = (1280, 375)
