@@ -26,7 +26,7 @@ from bnlib.book import colors
 
 LARGEST = 250 * 1024  # bytes, compressed, that a page may load before it is touched
 LINE = 74  # signs of code that a desk shows without scrolling
-MOST = 2_500  # elements that a browser must lay out before a page is there
+MOST = 2_700  # elements that a browser must lay out before a page is there
 LONGEST = ("book", "layer", "backward.html")
 FAR = 'section > [style^="--lines"]'  # what far_blocks.py puts off
 WIDTHS = (1280, 375)
@@ -691,7 +691,7 @@ def test_far_blocks_are_read_aloud(site, reading):
     page.goto(site.joinpath(*LONGEST).as_uri())
     folded = ".dropdown, details > :not(summary)"
     formulas = page.evaluate(
-        f"[...document.querySelectorAll('math')].filter(e => !e.closest('{folded}')).length"
+        f"[...document.querySelectorAll('article math')].filter(e => !e.closest('{folded}')).length"
     )
     sources = page.evaluate("[...document.querySelectorAll('annotation')].map(e => e.textContent)")
     session = page.context.new_cdp_session(page)

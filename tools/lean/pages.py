@@ -44,6 +44,8 @@ def mend_page(html: str) -> str:
     html = re.sub(r'(<meta name="viewport"[^>]*>)(.*?)(?=</head>)', _one_viewport, html, flags=re.S)
     html = re.sub(r'\s*<meta name="docsearch:[^>]*>', "", html)
     html = re.sub(r'<div id="ethical-ad-placement".*?</div>', "", html, flags=re.S)
+    # Paper has the page's own title, and no list of sections without their pages.
+    html = re.sub(r'<div id="jb-print-docs-body".*?(?=<div id="searchbox")', "", html, flags=re.S)
     # A formula's source is no part of it, for whoever hears the page.
     html = html.replace("<annotation ", '<annotation aria-hidden="true" ')
     # Icons say nothing; the shortcut is not part of the button's name.
