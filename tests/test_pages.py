@@ -19,7 +19,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from fontTools.ttLib import TTFont
-from test_book import OLDER
 from words import alt_problem, glued
 
 from bnlib.book import colors
@@ -552,8 +551,6 @@ def test_colours_never_change_while_a_page_opens(site, browser, theme, mode):
 
 def test_results_and_code_are_within_their_boxes(site, browser):
     for path in pages_of(site):
-        if path.stem in OLDER:
-            continue
         for width in WIDTHS:
             with Visit(browser, path.as_uri(), width=width) as visit:
                 assert cut_off(visit) == [], path.name
