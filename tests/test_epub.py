@@ -250,7 +250,7 @@ def test_type_comes_first_and_plain(epub):
 
 
 def test_same_picture_is_there_once(files):
-    pictures = [data for name, data in files.items() if name.endswith(".png")]
+    pictures = [data for name, data in files.items() if name.endswith(".svg")]
     assert len(pictures) > 10
     assert len(set(pictures)) == len(pictures)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from bs4 import BeautifulSoup
-from PIL import Image, ImageChops
+from PIL import Image
 from website import LONGEST, colab_cell, settings, shorten
 
 from tools.lean.far_blocks import FIRST, MANY, put_off
@@ -260,18 +260,6 @@ def test_one_style_sheet_one_script_and_few_files(site):
     assert len(page.select("meta[name=viewport]")) == 1
     names = {p.name for p in (site / "_static").rglob("*")}
     assert not [n for n in names if "fontawesome" in n or n.endswith((".map", ".ttf"))]
-
-
-def test_pictures_are_the_same_pixel_for_pixel(site, tmp_path):
-    source = ROOT / "book" / "_static" / "axis-block.png"
-    made = next((site / "_images").glob("axis-block.webp"))
-    with Image.open(source) as a, Image.open(made) as b:
-        flat = [
-            Image.alpha_composite(Image.new("RGBA", i.size, "white"), i.convert("RGBA"))
-            for i in (a, b)
-        ]
-    assert ImageChops.difference(*flat).getbbox() is None
-    assert made.stat().st_size < source.stat().st_size
 
 
 def test_icons_have_their_glyphs(site):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bnlib.book.colors import AXIS_COLORS
 from tools.lean.far_blocks import put_off
-from tools.lean.pages import mend_page, mend_pictures, replace_all
+from tools.lean.pages import mend_page, replace_all
 from tools.lean.styles import (
     drop_unused_variables,
     icon_fonts,
@@ -137,9 +137,6 @@ def lean(folder: Path) -> None:
     pages = {
         p: p.read_text(encoding="utf-8") for p in folder.rglob("*.html") if static not in p.parents
     }
-    forward = re.search(r'url=([^"]+)"', pages[folder / "index.html"])
-    front = folder / forward[1] if forward else folder / "index.html"
-
     scripts = ";\n".join((static / s).read_text(encoding="utf-8") for s in SCRIPTS)
     scripts = re.sub(r"^//# sourceMappingURL=.*$", "", scripts, flags=re.M)
     scripts = replace_all(scripts, THEME_MEASURES, "0", "the theme's script")
@@ -180,7 +177,7 @@ def lean(folder: Path) -> None:
     script = write_named(static, "book", "js", scripts)
     for path, html in pages.items():
         html = put_off(mend_page(relink(html, style, script)))
-        path.write_text(mend_pictures(html, path, eager=path == front), encoding="utf-8")
+        path.write_text(html, encoding="utf-8")
 
     for pattern in (*STYLES, *SCRIPTS, *UNUSED, "*macros.html"):
         for path in static.glob(pattern):
@@ -189,8 +186,6 @@ def lean(folder: Path) -> None:
     (folder / "searchindex.js").unlink()
     for unused in ("vendor", "locales", "scripts", "styles"):
         shutil.rmtree(static / unused, ignore_errors=True)
-    for picture in (folder / "_images").glob("*.webp"):
-        picture.with_suffix(".png").unlink()
 
 
 if __name__ == "__main__":

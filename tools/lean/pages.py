@@ -1,13 +1,11 @@
-"""Pages and pictures: cures for what the stock theme gets wrong for some readers, and WebP."""
+"""Cures for what the stock theme gets wrong for some readers."""
 
 from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 
 from bs4 import BeautifulSoup
-from PIL import Image
 
 # What the theme does as a page opens, and what is done in its place.
 THEME_MODE = 'document.documentElement.dataset.theme = localStorage.getItem("theme") || "auto";'
@@ -131,42 +129,3 @@ def group_answers(html: str) -> str:
 
 def _one_viewport(match: re.Match[str]) -> str:
     return match[1] + re.sub(r'<meta name="viewport"[^>]*>', "", match[2])
-
-
-# --- Pictures -------------------------------------------------------------------------------------
-
-
-def to_webp(path: Path) -> Path:
-    """The picture as WebP, pixel for pixel the same, if that is smaller."""
-    target = path.with_suffix(".webp")
-    if not target.exists():
-        with Image.open(path) as image:
-            image.save(target, "webp", lossless=True, quality=100, method=4)
-    if target.stat().st_size < path.stat().st_size:
-        return target
-    target.unlink()
-    return path
-
-
-def mend_pictures(html: str, page: Path, eager: bool) -> str:
-    first = eager
-
-    def mend(match: re.Match[str]) -> str:
-        nonlocal first
-        tag = match[0]
-        source = re.search(r'\bsrc="([^":]+\.png)"', tag)
-        if not source:
-            return tag
-        path = (page.parent / source[1]).resolve()
-        if not path.is_file() or path.parent.name != "_images":
-            return tag
-        with Image.open(path) as image:
-            size = image.size
-        smaller = to_webp(path)
-        tag = tag.replace(source[1], source[1].rsplit("/", 1)[0] + "/" + smaller.name)
-        extra = f' width="{size[0]}" height="{size[1]}"' if "width=" not in tag else ""
-        extra += ' fetchpriority="high"' if first else ' loading="lazy" decoding="async"'
-        first = False
-        return tag.replace("<img", "<img" + extra, 1)
-
-    return re.sub(r"<img\b[^>]*>", mend, html)
