@@ -103,12 +103,18 @@ RNG = np.random.default_rng(0)
 
 
 def features_as_positions():
-    x = RNG.normal(size=(64, 100))
-    as_image = bnlib.moments(x.reshape(64, 1, 10, 10))
-    each = bnlib.moments(x)
+    x = RNG.normal(size=(64, 100)) * RNG.uniform(1, 9, size=100)
+    order = RNG.permutation(100)
+
+    def as_image(x):
+        return bnlib.batch_norm_forward(x.reshape(64, 1, 10, 10))[0].reshape(64, 100)
+
+    assert np.allclose(as_image(x[:, order]), as_image(x)[:, order])
+    assert not np.allclose(as_image(x), bnlib.batch_norm_forward(x)[0])
+    image, each = bnlib.moments(x.reshape(64, 1, 10, 10)), bnlib.moments(x)
     return (
-        f"it has {as_image.mean.size} mean of {as_image.count} values, "
-        f"not {each.mean.size} means of {each.count}"
+        f"it has {image.mean.size} mean of {image.count} values, "
+        f"not {each.mean.size} means of {each.count}; the output is permuted alike"
     )
 
 
