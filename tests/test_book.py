@@ -23,23 +23,6 @@ from bnlib.book.colors import AXIS_COLORS
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(p for p in BOOK.glob("*/*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-# These were written before the form that test_form.py checks, and have sections of their own.
-OLDER = {
-    "backward", "distributed",
-}  # fmt: skip
-SECTIONS = [
-    "What you will be able to do",
-    "Prerequisites",
-    "The question",
-    "Derivation",
-    "Code",
-    "The check against PyTorch",
-    "The figure",
-    "Check yourself",
-    "Exercises",
-    "Summary",
-    "Further reading",
-]
 SVG = "image/svg+xml"
 LARGEST = 1_500_000  # bytes of one notebook: a page must stay readable on a slow connection
 
@@ -57,19 +40,6 @@ def prose(nb):
 
 def headings(nb, level):
     return re.findall(rf"^{'#' * level} +(.+?) *$", prose(nb), re.MULTILINE)
-
-
-def skeleton(nb):
-    problems = []
-    first = nb.cells[0] if nb.cells else None
-    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
-        problems.append("the first cell must be the title, '# ...'")
-    if len(headings(nb, 1)) != 1:
-        problems.append(f"expected one title, got {headings(nb, 1)}")
-    found = [h for h in headings(nb, 2) if h in SECTIONS]
-    if found != SECTIONS:
-        problems.append(f"expected the sections {SECTIONS} in this order, got {found}")
-    return problems
 
 
 def exercises(nb):
@@ -238,11 +208,6 @@ def test_chapter(rule, path):
     assert rule(nbformat.read(path, as_version=4)) == []
 
 
-@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.stem in OLDER], ids=lambda p: p.stem)
-def test_an_older_chapter_has_its_sections(path):
-    assert skeleton(nbformat.read(path, as_version=4)) == []
-
-
 # --- Each of these rules can fail -----------------------------------------------------------------
 
 
@@ -252,9 +217,9 @@ def example():
     text, code = new_markdown_cell, new_code_cell
     picture = new_output("display_data", {SVG: "", "text/plain": "<Figure size 9x9>"})
     nb.cells.append(text("# Title"))
-    for title in SECTIONS:
+    for title in ("In one picture", "Exercises", "Summary"):
         nb.cells.append(text(f"## {title}"))
-        if title == "The figure":
+        if title == "In one picture":
             meta = {"image": {"alt": "Two bars, the left one twice as high as the right one."}}
             meta["figure"] = {"name": "fig-bars", "caption": "Two bars."}
             nb.cells.append(code("plot()", outputs=[picture], metadata={"mystnb": meta}))
@@ -281,11 +246,6 @@ def replace(old, new):
             cell.source = cell.source.replace(old, new)
 
     return spoil
-
-
-def swap_sections(nb):
-    at = [i for i, cell in enumerate(nb.cells) if cell.source.startswith("## ")]
-    nb.cells[at[0]], nb.cells[at[1]] = nb.cells[at[1]], nb.cells[at[0]]
 
 
 def strip_counts(nb):
@@ -330,10 +290,6 @@ def stdout(text):
 @pytest.mark.parametrize(
     ("rule", "spoil"),
     [
-        (skeleton, swap_sections),
-        (skeleton, replace("## Derivation", "## Proof")),
-        (skeleton, replace("# Title", "Title")),
-        (skeleton, add_text("# A second title")),
         (exercises, replace("{exercise-start} One", "{note} One")),
         (exercises, replace("Find the bug", "Three")),
         (exercises, replace("{solution-start} ex-1", "{solution-start} ex-9")),

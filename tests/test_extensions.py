@@ -9,7 +9,13 @@ import katex_build
 import pytest
 import sphinxcontrib.katex as katex
 from axes import color_comments, color_math
+from bs4 import BeautifulSoup
+from docstrings import link, title_of
+from figures import SHADES, darken, size
 from words import alt_problem
+
+from bnlib.book.colors import AXIS_COLORS, INK
+from tools.lean.styles import without_scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 N, C, H, W = (rf"{{\htmlClass{{axis-{a.lower()}}}{{{a}}}}}" for a in "NCHW")
@@ -122,3 +128,76 @@ def test_missing_description_is_found(alt, uri):
 
 def test_real_description_passes():
     assert alt_problem("A block of cells; those of one channel are lit.", "images/axes.png") is None
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+SVG = """<svg width="331.2pt" height="216pt" viewBox="0 0 331 216">
+<path style="stroke: {light}; fill: {upper}"/>
+<image href="data:image/png;base64,{inside}"/></svg>"""
+
+
+def test_figure_for_the_dark_page_swaps_the_shades_and_nothing_else():
+    light, ink = AXIS_COLORS["C"], INK
+    svg = SVG.format(light=light.light, upper=ink.light.upper(), inside="AAAA")
+    assert darken(svg) == SVG.format(light=light.dark, upper=ink.dark, inside="AAAA")
+    assert darken(darken(svg)) == darken(svg)
+    assert not set(SHADES) & set(SHADES.values())
+
+
+def test_figure_is_enlarged_on_a_wide_screen():
+    assert size(SVG) == (552, 360)
+
+
+# --- Docstrings -----------------------------------------------------------------------------------
+
+TITLES = {"Forward, and what ε does": "/book/layer/forward", "Backward": "/book/layer/backward"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Derived in *Backward*.", "Derived in :doc:`Backward </book/layer/backward>`."),
+        (
+            "x. Used in *Forward, and what ε\n    does* and *Backward*; see *this*.",
+            "x. Used in :doc:`Forward, and what ε does </book/layer/forward>` and "
+            ":doc:`Backward </book/layer/backward>`; see *this*.",
+        ),
+        ("Derived in *A chapter to come*.", "Derived in *A chapter to come*."),
+        ("The *Backward* of it.", "The *Backward* of it."),
+    ],
+)
+def test_chapter_named_in_a_docstring_is_a_link(text, expected):
+    assert link(text, TITLES) == expected
+
+
+def test_title_of_a_chapter_is_text(tmp_path):
+    path = tmp_path / "a.ipynb"
+    path.write_text(
+        '{"cells": [{"source": ["(x)=\\n", "# What $\\\\varepsilon$ does\\n", "More"]}]}'
+    )
+    assert title_of(path) == "What ε does"
+
+
+def test_fields_of_a_class_are_listed_once(site):
+    page = BeautifulSoup((site / "book" / "api.html").read_text(encoding="utf-8"), "html.parser")
+    fields = page.find(id="bnlib.Moments").find_next("dl")
+    assert [dt.text for dt in fields.select(":scope > dt")] == ["Variables:"]
+    assert "values per channel" in fields.text
+    links = [a["href"] for a in page.select("p > a") if a.parent.text.find("Derived in") >= 0]
+    assert "layer/forward.html" in links and "axes/which-axes.html" in links
+    assert "Derived in *" not in page.text
+
+
+# --- The theme without scripts --------------------------------------------------------------------
+
+
+def test_dark_rules_have_a_twin_for_readers_without_scripts():
+    css = """html[data-theme="dark"] p, b { color: red } i { top: 0 }
+      @media screen { html[data-theme="dark"] .x { left: 0 } }
+      html[data-theme="light"] p { top: 1px }"""
+    asked = "@media (scripting:none) and (prefers-color-scheme:dark)"
+    found = without_scripts(css)
+    assert f"{asked}{{html[data-theme] p{{color: red}}}}" in found
+    assert f"{asked}{{html[data-theme] .x{{left: 0}}}}}}" in found
+    assert found.count(asked) == 2 and found.index("color: red") < found.index(asked)

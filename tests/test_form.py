@@ -1,4 +1,4 @@
-"""The form of a chapter: book/template.ipynb shows it, and all but the first seven have it.
+"""The form of a chapter: book/template.ipynb shows it, and every chapter has it.
 
 Each rule is a function from a notebook to a list of problems. It finds none in the template, and
 some in a copy of the template that was spoilt on purpose.
@@ -12,14 +12,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_book import OLDER, SVG, draws, prose, replace
+from test_book import SVG, draws, prose, replace
 
 BOOK = Path(__file__).resolve().parent.parent / "book"
 TEMPLATE = nbformat.read(BOOK / "template.ipynb", as_version=4)
 CHAPTERS = [
-    path
-    for path in sorted(BOOK.rglob("*.ipynb"))
-    if ".ipynb_checkpoints" not in path.parts and path.stem not in OLDER
+    path for path in sorted(BOOK.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts
 ]
 SECTIONS = [
     "The question",

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from bs4 import BeautifulSoup
-from test_pages import Visit, errors, inaccessible, overflow
+from find import plain
+from test_pages import Visit, axe, errors, inaccessible, overflow
 from test_plotting import contrast
 from website import bibtex
-from words import join, minutes
+from words import minutes
 
 ROOT = Path(__file__).resolve().parent.parent
 WHICH = "axes/which-axes"
@@ -247,41 +248,100 @@ def test_references_have_no_labels(site, epub):
 # --- Search ---------------------------------------------------------------------------------------
 
 
-def results(seen):
-    seen.page.wait_for_selector("#search-results li a")
-    return seen.page.locator("#search-results li a").evaluate_all(
-        "all => all.map((a) => a.getAttribute('href'))"
+def search(seen, address, query):
+    """The addresses of the results of a query, and their text."""
+    seen.page.goto(f"{address}?q={quote(query)}")
+    seen.page.wait_for_selector("#search-results .search-summary")
+    return seen.page.locator("#search-results li").evaluate_all(
+        "all => all.map((e) => [e.querySelector('a').getAttribute('href'), e.innerText])"
     )
 
 
-def test_search_finds_symbols_names_and_words(site, browser):
-    expected = [
-        ("ε", "book/layer/forward.html"),
-        ("epsilon", "book/layer/forward.html"),
-        ("gamma", "book/layer/backward.html"),
-        ("inv_std", "book/glossary.html#term-inv_std"),
-        ("fold_batch_norm", "book/api.html#bnlib.fold.fold_batch_norm"),
-        ("axis=(0, 2, 3)", "book/intro.html"),
-        ("channels_last", "book/axes/which-axes.html"),
-        ("bnlib.nn.BatchNorm2d", "book/api.html#bnlib.nn.BatchNorm2d"),
-        ("per_channel", "book/api.html#bnlib.per_channel"),
-        ("reduction_axes", "book/api.html#bnlib.reduction_axes"),
-        ("Bessel", "book/glossary.html"),
-    ]
+def test_search_finds_terms_symbols_names_and_sections(site, browser):
+    """The place itself, in a page opened as a file; a term or a symbol before where it is used."""
+    first = {
+        "gamma": "book/notation.html#forward",
+        "γ": "book/notation.html#forward",
+        "ε": "book/notation.html#forward",
+        "variance biased": "book/glossary.html#term-Biased-variance",
+        "Bessel": "book/glossary.html#term-Bessels-correction",
+        "inv_std": "book/glossary.html#term-inv_std",
+        "backward passes": "book/glossary.html#term-Backward-pass",
+        "normalized input": "book/glossary.html#term-Normalised-input",
+        "fold_batch_norm": "book/api.html#bnlib.fold.fold_batch_norm",
+        "bnlib.nn.BatchNorm2d": "book/api.html#bnlib.nn.BatchNorm2d",
+        "per_channel": "book/api.html#bnlib.per_channel",
+        "reduction_axes": "book/api.html#bnlib.reduction_axes",
+        "any rank any layout": "book/axes/which-axes.html#any-rank-any-layout",
+    }
+    among = {"epsilon": "book/layer/forward.html", "channels_last": "book/axes/which-axes.html"}
     address = (site / "search.html").as_uri()
     with Visit(browser, address) as seen:
-        for query, page in expected:
-            seen.page.goto(f"{address}?q={quote(query)}")
-            assert page in [link.split("?")[0] for link in results(seen)][:4], query
+        assert not any("sections.js" in url for url in seen.requests)  # before there is a query
+        for query, place in first.items():
+            assert search(seen, address, query)[0][0] == place, query
+        for query, page in among.items():
+            found = [link.split("#")[0] for link, _ in search(seen, address, query)]
+            assert page in found[:6], query
+        assert search(seen, address, "gamma") == search(seen, address, "γ")
+        assert search(seen, address, "zzzzz") == [] and search(seen, address, "...") == []
+        assert "Nothing" in seen.page.inner_text("#search-results")
         assert errors(seen) == []
 
 
-def test_greek_letter_and_its_name_find_the_same_pages():
-    index = {"ε": {"a"}, "varepsilon": {"b"}, "epsilon": {"c"}, "mean": {"d"}, "lambda": {"e"}}
-    join(index)
-    assert index["ε"] == index["epsilon"] == {"a", "b", "c"}
-    assert index["λ"] == index["lambda"] == {"e"}
-    assert index["mean"] == {"d"} and "γ" not in index
+def test_quotes_of_the_search_are_clean_and_its_hits_exist(site, browser):
+    address = (site / "search.html").as_uri()
+    quotes = 0
+    with Visit(browser, address) as seen:
+        for query in ("mean", "variance", "σ", "kernel", "gradient"):
+            for link, text in search(seen, address, query):
+                page, _, anchor = link.partition("#")
+                html = (site / page).read_text(encoding="utf-8")
+                assert not anchor or f'id="{anchor}"' in html, link
+                for noise in (
+                    ".ipynb",
+                    "Skip to main content",
+                    "\\",
+                    "<",
+                    "{",
+                    "Copy to clipboard",
+                ):
+                    assert noise not in text.partition("\n")[2], (query, text)
+                quotes += "\n" in text
+        seen.page.locator("#search-results li a").first.click()
+        seen.page.wait_for_selector("article")
+        assert seen.page.locator("span.highlighted, article mark").count() == 0
+    assert quotes > 80
+
+
+def test_search_is_accessible_and_its_icon_is_not_on_the_words(site, browser):
+    with Visit(browser, (site / "search.html").as_uri() + "?q=mean", width=375) as seen:
+        seen.page.wait_for_selector("#search-results li")
+        for theme in ("light", "dark"):
+            seen.show(theme, 375)
+            assert overflow(seen) == [] and axe(seen) == []
+        seen.show("light", 1280)
+        seen.page.keyboard.press("Control+k")
+        for form in seen.page.locator("form.bd-search").all():
+            icon, field = form.locator("i"), form.locator("input")
+            if field.is_visible():
+                start = field.evaluate("e => parseFloat(getComputedStyle(e).paddingLeft)")
+                end = icon.bounding_box()["x"] + icon.bounding_box()["width"]
+                assert end <= field.bounding_box()["x"] + start
+
+
+@pytest.mark.parametrize(
+    ("latex", "text"),
+    [
+        (r"\gamma\hat x+\beta", "γx̂+β"),
+        (r"\hat{x} = z/\sqrt{\sigma^2+\varepsilon}", "x̂ = z/√(σ^2+ε)"),
+        (r"\frac1m\sum_i x_i", "1/m∑_i x_i"),
+        (r"\mathrm{d}x \le 10^{-5}", "dx ≤10^−5"),
+        (r"\log_2 R", "log_2 R"),
+    ],
+)
+def test_formula_in_the_index(latex, text):
+    assert plain(latex) == text
 
 
 # --- Folds ----------------------------------------------------------------------------------------

@@ -121,27 +121,9 @@ def add_time(app: Sphinx, pagename: str, template: str, context: dict, doctree) 
     context["body"] = context["body"].replace("</h1>", line, 1)
 
 
-# --- Greek letters in the search ------------------------------------------------------------------
-# Prose has ε where a formula has ``\varepsilon`` and a reader may type "epsilon"; all three find
-# the same pages.
+# --- Greek letters --------------------------------------------------------------------------------
 
 LETTERS = {name: chr(code) for name, code in name2codepoint.items() if 0x3B1 <= code <= 0x3C9}
-
-
-def join(index: dict[str, set[str]]) -> None:
-    """Give a letter and its name the pages of both, and of the letter's other form."""
-    for name, letter in LETTERS.items():
-        pages = set().union(*(index.get(word, ()) for word in (letter, name, f"var{name}")))
-        if pages:
-            index[letter] = index[name] = pages
-
-
-def join_index(app: Sphinx) -> list:
-    indexer = getattr(app.builder, "indexer", None)
-    if indexer is not None:
-        for index in (indexer._mapping, indexer._title_mapping):
-            join(index)
-    return []
 
 
 def setup(app: Sphinx) -> dict:
@@ -149,5 +131,4 @@ def setup(app: Sphinx) -> dict:
     app.add_post_transform(KeepTogether)
     app.add_post_transform(NoLabels)
     app.connect("html-page-context", add_time)
-    app.connect("html-collect-pages", join_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -75,6 +75,7 @@
   const linkAt = (e) => e.target.closest?.("article a.reference.internal");
 
   document.addEventListener("pointerover", (e) => {
+    if (e.pointerType === "touch") return;
     const a = linkAt(e);
     clearTimeout(timer);
     if (a !== dismissed) dismissed = null;
@@ -89,6 +90,11 @@
     show(a);
   });
   document.addEventListener("focusout", hide);
+  document.addEventListener("scroll", () => {
+    // What is gone from the window leaves nothing behind that would cover what has come.
+    const { top, bottom } = link?.getBoundingClientRect() ?? {};
+    if (bottom < 0 || top > innerHeight) hide();
+  }, { passive: true });
   document.addEventListener("keydown", (e) => {
     if (e.key !== "Escape") return;
     dismissed = link;

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+from bnlib.book.colors import AXIS_COLORS
 from tools.lean.far_blocks import put_off
 from tools.lean.pages import mend_page, mend_pictures, replace_all
 from tools.lean.styles import (
@@ -16,6 +18,7 @@ from tools.lean.styles import (
     purge,
     squeeze,
     subset_font,
+    without_scripts,
 )
 
 STYLES = (
@@ -36,7 +39,6 @@ STYLES = (
 SCRIPTS = (
     "documentation_options.js",
     "doctools.js",
-    "sphinx_highlight.js",
     "clipboard.min.js",
     "copybutton.js",
     "scripts/sphinx-book-theme.js",
@@ -44,8 +46,12 @@ SCRIPTS = (
     "scripts/bootstrap.js",
     "scripts/pydata-sphinx-theme.js",
     "previews.js",
+    "contents.js",
+    "enlarge.js",
     "print.js",
 )
+EARLY = ("fonts/source-serif-4-latin-400-normal", "fonts/source-serif-4-latin-600-normal")
+EARLY_FORMULAS = ("katex/fonts/KaTeX_Main-Regular", "katex/fonts/KaTeX_Math-Italic")
 # What the theme does as a page opens, and what is done in its place.
 THEME_MEASURES = '"complete"===document.readyState?O():window.addEventListener("load",O)'
 MEASURES = Path(__file__).with_name("scrollable.js")
@@ -60,14 +66,32 @@ FOLD_NAMED = """{
         title.lastElementChild.append(opens);
       }"""
 # In the theme, and of no use here: icons as a megabyte of script, words in other languages.
-UNUSED = ("scripts/fontawesome.js", "translations.js", "design-tabs.js")
+UNUSED = (
+    "scripts/fontawesome.js",
+    "translations.js",
+    "design-tabs.js",
+    "sphinx_highlight.js",
+    # In the place of these are those of `_ext/find.py`.
+    "searchtools.js",
+    "language_data.js",
+)
+
+
+def icon() -> str:
+    """Four bars, one for each axis; without an icon a browser asks for one that is not there."""
+    bars = "".join(
+        f"%3Crect x='{4 * i}' width='3' height='16' fill='%23{shades.light[1:]}'/%3E"
+        for i, shades in enumerate(AXIS_COLORS.values())
+    )
+    picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
+    return f'<link rel="icon" href="data:image/svg+xml,{picture}" />'
 
 
 def relink(html: str, style: str, script: str) -> str:
     """Put the one style sheet and the one script in the place of all others."""
     linked = re.search(r'href="([^"]*)_static/pygments\.css', html)
     if linked is None:  # a page that only forwards has no style
-        return html
+        return re.sub(r"(?i)(<meta\b|<title>)", lambda m: f"{icon()}\n{m[1]}", html, count=1)
     prefix = linked[1]
     stale = re.escape(prefix) + "_static/"
     html = re.sub(
@@ -77,22 +101,17 @@ def relink(html: str, style: str, script: str) -> str:
     html = re.sub(rf'\s*<script\b[^>]*src="{stale}(?:{names})[^>]*></script>', "", html)
     html = re.sub(r"\s*<script>DOCUMENTATION_OPTIONS\.pagename[^<]*</script>", "", html)
     html = re.sub(r"<script src=", "<script defer src=", html)
-    # Four bars, one for each axis; without an icon a browser asks for one that is not there.
-    bars = "".join(
-        f"%3Crect x='{4 * i}' width='3' height='16' fill='%23{color}'/%3E"
-        for i, color in enumerate(("0072b2", "d55e00", "009e73", "cc79a7"))
-    )
-    picture = f"%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 15 16'%3E{bars}%3C/svg%3E"
-    # Asked for at once, these two are there before the text is laid out, which they would move.
+    # Asked for at once, these are there before the text is laid out, which they would move.
+    early = [*EARLY, *(EARLY_FORMULAS if 'class="katex"' in html else ())]
     fonts = (
-        'if (location.protocol !== "file:") for (const name of ["Main-Regular", "Math-Italic"])'
+        f'if (location.protocol !== "file:") for (const name of {json.dumps(early)})'
         ' document.head.append(Object.assign(document.createElement("link"), {'
         ' rel: "preload", as: "font", type: "font/woff2", crossOrigin: "",'
-        f" href: `{prefix}_static/katex/fonts/KaTeX_${{name}}.woff2` }}));"
+        f" href: `{prefix}_static/${{name}}.woff2` }}));"
     )
     head = (
-        (f"<script>{fonts}</script>\n" if 'class="katex"' in html else "")
-        + f'<link rel="icon" href="data:image/svg+xml,{picture}" />\n'
+        f"<script>{fonts}</script>\n"
+        f"{icon()}\n"
         f'<link rel="stylesheet" href="{prefix}_static/{style}" />\n'
         f'<script defer src="{prefix}_static/{script}"></script>\n'
     )
@@ -127,7 +146,7 @@ def lean(folder: Path) -> None:
     scripts = replace_all(scripts, FOLD_LABEL, "", "the folds' script")
     scripts = replace_all(scripts, FOLD_ADDED, FOLD_NAMED, "the folds' script")
     scripts += MEASURES.read_text(encoding="utf-8")
-    other = (static / "searchtools.js").read_text(encoding="utf-8")
+    other = (static / "find.js").read_text(encoding="utf-8")
     everything = "".join(pages.values())
     words = set(re.findall(r"[\w-]+", scripts + other))
     for code in re.findall(r"<script>(.*?)</script>", everything, re.S):
@@ -143,7 +162,7 @@ def lean(folder: Path) -> None:
             if beside != ".":
                 css = re.sub(r"url\((?!data:|[\"'])", f"url({beside}/", css)
             sheets.append(purge(css, words))
-    css = squeeze("".join(sheets))
+    css = squeeze(without_scripts("".join(sheets)))
     css = icon_fonts(css, static)
     css = re.sub(r',\s*url\([^)]*\.(?:ttf|woff)\)\s*format\("[a-z]+"\)', "", css)
     css = drop_unused_variables(css, everything + scripts)
@@ -153,6 +172,9 @@ def lean(folder: Path) -> None:
         data = subset_font(font, characters)
         if data is not None:
             font.write_bytes(data)
+    letters = "".join(sorted(set(everything) | set(map(chr, range(32, 127)))))
+    for font in sorted((static / "fonts").glob("*.woff2")):
+        font.write_bytes(subset_font(font, letters, nameless=True) or font.read_bytes())
 
     style = write_named(static, "book", "css", css)
     script = write_named(static, "book", "js", scripts)
@@ -160,20 +182,11 @@ def lean(folder: Path) -> None:
         html = put_off(mend_page(relink(html, style, script)))
         path.write_text(mend_pictures(html, path, eager=path == front), encoding="utf-8")
 
-    # A page opened as a file may not fetch others, which search does for the results' summaries.
-    search = static / "searchtools.js"
-    flag = "DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY"
-    text = search.read_text(encoding="utf-8")
-    text = replace_all(text, flag, f'{flag} && location.protocol !== "file:"', search.name)
-    # In a summary a formula is said once, not as MathML, as LaTeX and as it is drawn.
-    once = '[".katex-html", "annotation", ".headerlink",'
-    text = replace_all(text, '[".headerlink",', once, search.name)
-    search.write_text(text, encoding="utf-8")
-
     for pattern in (*STYLES, *SCRIPTS, *UNUSED, "*macros.html"):
         for path in static.glob(pattern):
             if path.name not in (style, script):
                 path.unlink()
+    (folder / "searchindex.js").unlink()
     for unused in ("vendor", "locales", "scripts", "styles"):
         shutil.rmtree(static / unused, ignore_errors=True)
     for picture in (folder / "_images").glob("*.webp"):

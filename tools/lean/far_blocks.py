@@ -36,7 +36,7 @@ class _Block:
 
     def height(self) -> float:
         """Lines on a wide screen."""
-        return self.lines + self.chars / 85
+        return self.lines + self.chars / 68
 
 
 class _Reader(HTMLParser):
@@ -83,7 +83,7 @@ class _Reader(HTMLParser):
         if not self.block or self.folded() or any("katex-mathml" in k for _, k in self.open):
             return
         if any(tag == "pre" for tag, _ in self.open):
-            self.block.lines += 0.8 * data.count("\n")
+            self.block.lines += 0.75 * data.count("\n")
         elif not self.block.formula:
             self.block.chars += len(data.strip())
 

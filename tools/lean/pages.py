@@ -33,6 +33,10 @@ def mend_page(html: str) -> str:
     # The colours are there from the start: a change of theme styles every element again.
     if "dataset.theme" in html:  # a page that only forwards has none
         html = replace_all(html, THEME_MODE, MODE, "the head of the page")
+        theme = 'data-theme="auto"', 'data-theme="light"'  # until a script says what it is
+        html = replace_all(html, *theme, "the page")
+        # What marks the section that is read is contents.js.
+        html = replace_all(html, ' data-bs-spy="scroll"', "", "the body of the page")
     # Names and punctuation in code have the colour of text: they need no element each.
     html = re.sub(r'<span class="(?:n|nn|p|w)">([^<]*)</span>', r"\1", html)
     html = html.replace("<pre><span></span>", "<pre>")
@@ -40,6 +44,8 @@ def mend_page(html: str) -> str:
     html = re.sub(r'(<meta name="viewport"[^>]*>)(.*?)(?=</head>)', _one_viewport, html, flags=re.S)
     html = re.sub(r'\s*<meta name="docsearch:[^>]*>', "", html)
     html = re.sub(r'<div id="ethical-ad-placement".*?</div>', "", html, flags=re.S)
+    # Paper has the page's own title, and no list of sections without their pages.
+    html = re.sub(r'<div id="jb-print-docs-body".*?(?=<div id="searchbox")', "", html, flags=re.S)
     # A formula's source is no part of it, for whoever hears the page.
     html = html.replace("<annotation ", '<annotation aria-hidden="true" ')
     # Icons say nothing; the shortcut is not part of the button's name.
@@ -84,7 +90,7 @@ def mend_page(html: str) -> str:
     html = html.replace(' role="doc-biblioentry"', "").replace(
         ' role="list" class="citation-list"', ' class="citation-list"'
     )
-    return re.sub(r'<th class="head">(?:<p></p>)?</th>', "<td></td>", html)
+    return re.sub(r'<th (?:class="head"|scope="col"[^>]*)>(?:<p></p>)?</th>', "<td></td>", html)
 
 
 # A formula that is never broken itself, and the full stop or comma that must not part from it.

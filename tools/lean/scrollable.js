@@ -2,11 +2,13 @@
    every box as the page opens, which lays out the whole page; here a box is measured when the
    browser lays it out, and again when its size changes. Until then it is a stop. */
 (() => {
+  const skipped = { contentVisibilityAuto: true };
   const measured = new ResizeObserver((entries) => {
     for (const { target } of entries) {
+      const unknown = !(target.firstElementChild ?? target).checkVisibility(skipped);
       const scrolls =
         target.scrollWidth > target.clientWidth || target.scrollHeight > target.clientHeight;
-      target.tabIndex = scrolls ? 0 : -1;
+      target.tabIndex = unknown || scrolls ? 0 : -1;
     }
   });
   const boxes = "main pre, .cell_output > .output, .pst-scrollable-table-container";

@@ -81,6 +81,34 @@ def purge(css: str, words: set[str]) -> str:
     return "".join(kept)
 
 
+_DARK = re.compile(r"html\[data-theme=[\"']?dark[\"']?\]")
+
+
+def without_scripts(css: str) -> str:
+    """Give the dark theme to a reader who asks for it and has no scripts, which would set it.
+
+    Each rule of the theme gets a twin, right behind it and of the same weight.
+    """
+    kept = []
+    for prelude, body in parse_css(css):
+        if body is None:
+            kept.append(f"{prelude};")
+        elif prelude.startswith(("@media", "@supports", "@container", "@layer")):
+            kept.append(f"{prelude}{{{without_scripts(body)}}}")
+        else:
+            kept.append(f"{prelude}{{{body}}}")
+            twins = [
+                _DARK.sub("html[data-theme]", selector)
+                for selector in split_selectors(prelude)
+                if _DARK.search(selector) and not prelude.startswith("@")
+            ]
+            if twins:
+                asked = "@media (scripting:none) and (prefers-color-scheme:dark)"
+                kept.append(f"{asked}{{{','.join(twins)}{{{body}}}}}")
+    together = "".join(kept)
+    return together.replace("}}@media (scripting:none) and (prefers-color-scheme:dark){", "}")
+
+
 def drop_unused_variables(css: str, elsewhere: str) -> str:
     """Remove custom properties that nothing reads, until none is left."""
     while True:
@@ -111,11 +139,16 @@ def squeeze(css: str) -> str:
 # --- Fonts ----------------------------------------------------------------------------------------
 
 
-def subset_font(path: Path, characters: str) -> bytes | None:
-    """The font as WOFF2 with these characters alone; None if it has none of them."""
+def subset_font(path: Path, characters: str, nameless: bool = False) -> bytes | None:
+    """The font as WOFF2 with these characters alone; None if it has none of them.
+
+    What is left of a font whose name its licence reserves keeps nothing but its copyright line.
+    """
     options = subset.Options(
         flavor="woff2", desubroutinize=True, hinting=False, notdef_outline=True
     )
+    if nameless:
+        options.name_IDs = [0]
     font = subset.load_font(str(path), options)
     if not set(font.getBestCmap()) & set(map(ord, characters)):
         return None
