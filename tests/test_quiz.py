@@ -103,12 +103,18 @@ RNG = np.random.default_rng(0)
 
 
 def features_as_positions():
-    x = RNG.normal(size=(64, 100))
-    as_image = bnlib.moments(x.reshape(64, 1, 10, 10))
-    each = bnlib.moments(x)
+    x = RNG.normal(size=(64, 100)) * RNG.uniform(1, 9, size=100)
+    order = RNG.permutation(100)
+
+    def as_image(x):
+        return bnlib.batch_norm_forward(x.reshape(64, 1, 10, 10))[0].reshape(64, 100)
+
+    assert np.allclose(as_image(x[:, order]), as_image(x)[:, order])
+    assert not np.allclose(as_image(x), bnlib.batch_norm_forward(x)[0])
+    image, each = bnlib.moments(x.reshape(64, 1, 10, 10)), bnlib.moments(x)
     return (
-        f"it has {as_image.mean.size} mean of {as_image.count} values, "
-        f"not {each.mean.size} means of {each.count}"
+        f"it has {image.mean.size} mean of {image.count} values, "
+        f"not {each.mean.size} means of {each.count}; the output is permuted alike"
     )
 
 
@@ -172,16 +178,19 @@ def scale_in_evaluation():
     return "red comes out ten times as strong, up to a shift, and nothing else changes"
 
 
-def branches_side_by_side():
-    x = RNG.normal(size=(8, 96, 4, 4)) * RNG.uniform(0.1, 10, size=(96, 1, 1))
-    gamma, beta = RNG.normal(size=(2, 96))
-    joined, _ = bnlib.batch_norm_forward(x, gamma, beta)
-    parts = [
-        bnlib.batch_norm_forward(x[:, c], gamma[c], beta[c])[0]
-        for c in (slice(0, 64), slice(64, 96))
-    ]
-    assert np.allclose(np.concatenate(parts, axis=1), joined, rtol=0, atol=1e-12)
-    return "no, the outputs are the same"
+def groups_across_branches():
+    x = torch.from_numpy(RNG.normal(size=(8, 96, 4, 4)) * RNG.uniform(0.1, 10, size=(96, 1, 1)))
+    branches = x[:, :64], x[:, 64:]
+
+    def agree(behind, *each):
+        joined = nn.functional.group_norm(x, behind)
+        pairs = zip(branches, each, strict=True)
+        parts = [nn.functional.group_norm(part, groups) for part, groups in pairs]
+        return torch.allclose(torch.cat(parts, dim=1), joined, rtol=0, atol=1e-12)
+
+    assert agree(96, 64, 32) and agree(12, 8, 4) and not agree(4, 4, 4)
+    whole, first, second = (part.shape[1] // 4 for part in (x, *branches))
+    return f"no: behind it a group has {whole} channels, in the branches {first} and {second}"
 
 
 def momentum_of_one():
@@ -405,7 +414,7 @@ NUMBERS = {
         1: rules_that_agree,
         2: whitened_by_a_convolution,
         3: scale_in_evaluation,
-        4: branches_side_by_side,
+        4: groups_across_branches,
     },
     "forward": {
         1: momentum_of_one,
