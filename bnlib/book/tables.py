@@ -41,7 +41,7 @@ def table(
         headers: a name for every column; short, for a page of 375 pixels holds some 40 characters.
         rows: the values, row by row: numbers, or text, which is shown as it is.
         digits: how numbers with a decimal point are written, for all columns or one for each, as
-            in :func:`format`.
+            in the built-in ``format``.
 
     Raises:
         ValueError: a row has not one value for each header.
