@@ -309,7 +309,7 @@ def test_zip_opens_without_a_server(site, browser, tmp_path):
     assert page.locator("article h1").inner_text().startswith("1. Which axes?")
     cell = page.locator(".axis-explorer [role=gridcell]").last
     cell.click()
-    assert "n=1, c=1" in page.locator(".axis-explorer [aria-live]").first.inner_text()
+    assert "n=1, c=3" in page.locator(".axis-explorer [aria-live]").first.inner_text()
     page.goto(f"{(tmp_path / offline.NAME / 'search.html').as_uri()}?q=Bessel")
     page.wait_for_selector("#search-results li a")
     assert problems == []
