@@ -420,7 +420,10 @@ def exact_at_the_border():
     found = []
     for name, beta in (
         ("for those with $\\beta = 0$", lambda a, mean: 0 * a),
-        (r"for those with $\beta = a\,\mu$ in every channel", lambda a, mean: a * mean),
+        (
+            r"for those with $\beta = a\,\mu_\mathrm{run}$ in every channel",
+            lambda a, mean: a * mean,
+        ),
     ):
         norm = nn.BatchNorm2d(2).double().eval()
         norm.running_mean.copy_(torch.tensor([0.3, -2.0]))
