@@ -720,7 +720,7 @@ def test_print_has_no_furniture(site, browser):
     chapter = site / "book" / "axes" / "which-axes.html"
     with Visit(browser, chapter.as_uri(), theme="dark") as visit:
         visit.page.emulate_media(media="print")
-        furniture = ("button.copybtn", "button.toggle-button", ".ax-bar", ".ax-foot")
+        furniture = ("button.copybtn", "button.toggle-button", ".ax-foot")
         for hidden in (".bd-sidebar-primary", ".bd-header-article", *furniture):
             assert visit.page.locator(hidden).count(), hidden
             assert not visit.page.locator(hidden).first.is_visible(), hidden

@@ -24,6 +24,12 @@ def test_a_table_has_heads_and_cells_and_nothing_else():
     assert len(shown.select("th")) == 3
 
 
+def test_a_column_without_a_name_has_no_head():
+    shown = BeautifulSoup(table(["", "a"], [["x", 1]])._repr_html_(), "html.parser")
+    assert [h.get_text() for h in shown.select("th")] == ["a"]
+    assert len(shown.select("thead td")) == 1
+
+
 def test_each_column_has_digits_of_its_own():
     text = repr(table(["a", "b"], [[1.0, 1e-7]], digits=[".1f", ".0e"]))
     assert text.splitlines()[-1].split() == ["1.0", "1e-07"]

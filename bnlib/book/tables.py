@@ -28,6 +28,7 @@ class Table:
     def _repr_html_(self) -> str:
         html = str(tabulate(**self._arguments, tablefmt="html"))
         html = re.sub(r"(?<=>)\s+|\s+(?=</t[dh]>)", "", html)
+        html = re.sub(r"<th[^>]*></th>", "<td></td>", html)  # nothing is the head of its column
         html = re.sub(r"<th(?=[ >])", '<th scope="col"', html)
         return html.replace("<table>", '<table class="table results">', 1)
 

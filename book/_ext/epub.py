@@ -3,7 +3,7 @@
     jupyter-book build . --builder custom --custom-builder epub
 
 It serves no other builder. The pages hold what every reading system can show: no script, no
-request to any host, mathematics as MathML (see `katex_build.py`), pictures as PNG. What the
+request to any host, mathematics as MathML (see `katex_build.py`), pictures as PNG or SVG. What the
 page folds away is put where a reader finds it: each chapter's solutions are at its end. The same
 sources, and the same date in ``SOURCE_DATE_EPOCH``, give the same bytes.
 """
@@ -228,7 +228,11 @@ class BookEpub(Epub3Builder):
             "epub.css": Path(__file__).with_suffix(".css").read_bytes(),
             "cover.png": COVER.read_bytes(),
         }
-        files.update({f"{self.imagedir}/{name}": data for data, name in pictures.items()})
+        # matplotlib gives the same picture, drawn twice in a figure, the same id; nothing uses it.
+        files.update(
+            (f"{self.imagedir}/{name}", re.sub(rb'(<image\b[^>]*?) id="[^"]*"', rb"\1", data))
+            for data, name in pictures.items()
+        )
         return {
             "mimetype": self.template("mimetype"),
             "META-INF/container.xml": self.template("container.xml"),
