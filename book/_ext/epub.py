@@ -11,6 +11,7 @@ sources, and the same date in ``SOURCE_DATE_EPOCH``, give the same bytes.
 from __future__ import annotations
 
 import html
+import re
 import zipfile
 from pathlib import Path, PurePosixPath
 
