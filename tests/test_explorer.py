@@ -525,7 +525,7 @@ def test_accessibility_tree_says_which_cells_share_a_mean(page):
     lit = re.findall(r'gridcell "\d+ at ([^"]*), mean 3" \[selected\]', tree)
     assert sorted(lit) == [f"n=1, c={c}, h=0, w={w}" for c, w in itertools.product((2, 3), (0, 1))]
     for needed in (
-        'group "Axis explorer: which cells share one mean"',
+        'figure "Axis explorer: which cells share one mean"',
         'radio "Group norm" [checked]',
         'radio "Per pixel mistake"',
         'columnheader "sample 1"',

@@ -114,7 +114,7 @@ function mount(root) {
   const serial = `ax${document.querySelectorAll(".axis-explorer[data-ready]").length}`;
   root.replaceChildren();
   root.dataset.ready = "";
-  root.role = "group";
+  root.role = "figure";
   root.ariaLabel = "Axis explorer: which cells share one mean";
   const add = (parent, tag, attrs = {}, text = "") => {
     const el = parent.appendChild(document.createElement(tag));
