@@ -42,3 +42,8 @@ def test_text_stays_as_it_was_written():
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match=r"expected 2 values .* got \[1\]"):
         table(["a", "b"], [[1]])
+
+
+def test_digits_for_another_number_of_columns_are_refused():
+    with pytest.raises(ValueError, match=r"expected digits for 2 columns, got \['.1f'\]"):
+        table(["a", "b"], [[1.0, 2.0]], digits=[".1f"])

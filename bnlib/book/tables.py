@@ -45,7 +45,7 @@ def table(
             in the built-in ``format``.
 
     Raises:
-        ValueError: a row has not one value for each header.
+        ValueError: a row, or ``digits``, has not one entry for each header.
 
     Used in every chapter.
 
@@ -62,6 +62,8 @@ def table(
                 f"expected {len(headers)} values in a row, one for each header, got {row}"
             )
     each = [digits] * len(headers) if isinstance(digits, str) else digits
+    if len(each) != len(headers):
+        raise ValueError(f"expected digits for {len(headers)} columns, got {digits!r}")
 
     def written(value: Any, how: str) -> str:
         return format(value, how) if isinstance(value, float | np.floating) else str(value)
