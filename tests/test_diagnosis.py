@@ -560,6 +560,18 @@ def test_batches_of_every_form():
     assert diagnose(model, loader).layers == expected
 
 
+def test_in_inference_mode_and_under_autocast():
+    model, data = healthy(), nets.batches()
+    stale_mean(model)
+    expected = diagnose(model, data)
+    with torch.inference_mode():
+        assert diagnose(model, data).layers == expected.layers
+    with torch.autocast("cpu", torch.bfloat16):
+        found = diagnose(model, data)
+    assert kinds(found) == {("4", "stale")}
+    assert found.layers[1].effect == pytest.approx(expected.layers[1].effect, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "error", "said"),
     [

@@ -72,6 +72,8 @@ class Marks:
         self._known: dict[int, tuple[Any, int, Any]] = {}
 
     def put(self, tensor: Tensor, what: Any) -> None:
+        if tensor.is_inference():  # has no version that would tell of a change
+            return
         key = id(tensor)
         ref = weakref.ref(tensor, lambda _: self._known.pop(key, None))
         self._known[key] = ref, tensor._version, what
@@ -113,7 +115,7 @@ class Watch(TorchFunctionMode):
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what the model is given: a hook."""
         for value in [*args, *kwargs.values()]:
-            if isinstance(value, Tensor) and not value.is_inference():
+            if isinstance(value, Tensor):
                 self._inputs.put(value, True)
 
     def before(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
