@@ -48,9 +48,10 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
       DistributedDataParallel, until the next one.
     - ``never_trained``: running statistics at 0 and 1. Of such a layer only its mode, its momentum
       and what is not finite is told besides.
-    - ``training_in_eval``, ``eval_in_training``: a layer in another mode than the model;
-      ``unfrozen``: parameters frozen, statistics not. A layer with both frozen is left in peace.
+    - ``training_in_eval``: a layer in training mode inside an evaluated model.
     - ``stale``: an effect above 0.5 and above what the few given data could produce by chance.
+    - ``unfrozen``: parameters frozen, statistics not; ``eval_in_training``: the reverse. A layer
+      with both frozen is left in peace.
     - ``momentum`` above 0.5; ``double_counted``: exactly twice the batches of the other layers, as
       by checkpointing (where all layers are checkpointed, the model does not show it).
     - ``one_value``: a batch with one value per channel, in a layer that would train on it.

@@ -163,9 +163,16 @@ def _short(name: str) -> str:
 
 
 def _number(value: float | str | None) -> str:
+    """Two digits of what was measured, all of what was set."""
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int | str) or len(repr(value)) <= 6:
+        return str(value)
+    if 0 < value < 1e-3:
+        return "<0.001"
+    if 100 <= value < 1e6:
+        return f"{float(f'{value:.2g}'):.0f}"
+    return f"{value:.2g}"
 
 
 def _text(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -54,6 +54,11 @@ KINDS: dict[str, tuple[str, str]] = {
         "company of a sample, and each forward moves its buffers. Call model.eval().",
         _MODES,
     ),
+    "stale": (
+        "Evaluation normalises with other numbers than these data have: prepare the data as in "
+        "training, or recalibrate().",
+        _RUNNING,
+    ),
     "unfrozen": (
         "The layer's parameters are frozen, its statistics are not: model.train() puts a frozen "
         "layer back into training mode. Call layer.eval() after each model.train().",
@@ -63,11 +68,6 @@ KINDS: dict[str, tuple[str, str]] = {
         "The layer is in evaluation mode inside a model that trains, and its γ and β train: freeze "
         "those too (requires_grad_(False)), or call model.train().",
         _MODES,
-    ),
-    "stale": (
-        "Evaluation normalises with other numbers than these data have: prepare the data as in "
-        "training, or recalibrate().",
-        _RUNNING,
     ),
     "momentum": (
         "PyTorch's momentum weighs the new batch: what other frameworks call 0.9 is 0.1 here. Set "
