@@ -71,6 +71,9 @@ class LayerReport(NamedTuple):
 class Diagnosis:
     """What :func:`diagnose` found; it prints as tables.
 
+    The table of layers has ``values`` and ``effective`` as m and worth, then ``mean_gap``,
+    ``std_ratio`` and ``effect``.
+
     Attributes:
         layers: a :class:`LayerReport` for every batch norm, in the order of ``named_modules``.
         findings: a :class:`Finding` for every fault of a layer, the gravest kind first and within
@@ -154,7 +157,7 @@ class Diagnosis:
         ]
         left = len(self.layers) - len(rows)
         rest = f"and {left} layers with less effect, in .layers" if left else ""
-        return ("layer", "values", "eff.", "gap", "ratio", "effect"), rows, rest
+        return ("layer", "m", "worth", "gap", "ratio", "effect"), rows, rest
 
 
 def _short(name: str) -> str:
@@ -172,7 +175,7 @@ def _number(value: float | str | None) -> str:
         return "<0.001"
     if 100 <= value < 1e6:
         return f"{float(f'{value:.2g}'):.0f}"
-    return f"{value:.2g}"
+    return f"{value:#.2g}"
 
 
 def _text(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
