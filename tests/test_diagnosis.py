@@ -391,6 +391,18 @@ def test_replicas_that_differ(tmp_path):
         assert evidence == {"parameters": 1, "buffers": 0, "ranks": 2}
 
 
+def test_rounding_errors_of_a_layer_without_output_are_not_stale():
+    layer = nn.BatchNorm2d(3)
+    x = 1e-12 * torch.randn(64, 3, 4, 4) + 1
+    recalibrate(layer, [x])
+    layer.running_mean += 1e-7  # a last bit of the mean, and 30,000 deviations of 1e-12
+    found = diagnose(nn.Sequential(nn.Identity(), layer), [x])
+    assert "stale" not in {f.kind for f in found.findings}
+    layer.running_mean += 0.1
+    found = diagnose(nn.Sequential(nn.Identity(), layer), [x])
+    assert "stale" in {f.kind for f in found.findings}
+
+
 def test_findings_are_ranked():
     model = healthy()
     for fault in (useless_bias, momentum, stale_mean, nan_in_buffers):
