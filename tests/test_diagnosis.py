@@ -368,7 +368,12 @@ def two_ranks(rank, folder):
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model, data = trained(), nets.batches()
-    found = [kinds(diagnose(model, data))]
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    # with another number of batches on each rank
+    found = [kinds(diagnose(wrapped, data[rank:])) | kinds(diagnose(model, data))]
+    recalibrate(wrapped, data[rank:][:1])
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
     if rank:
         model[4].running_mean[0] += 1e-3
     found.append(kinds(diagnose(model, data[rank:])))

@@ -48,7 +48,8 @@ class LayerReport(NamedTuple):
         values: values per channel in the largest batch.
         effective: how many independent values those are worth, as the median over channels: N
             σ²/Var(a), where a are the means of single samples. Fewer than ``values`` where values
-            of a sample are alike, more where its mean varies less than chance would have it.
+            of a sample are alike, more where its mean varies less than chance would have it. The
+            samples are taken to be independent of each other.
         mean_gap: 0 where the running means are right.
         std_ratio: 1 where the running variances are right.
         effect: how much of the layer's output changes between the two modes; 0.1 is a tenth.
