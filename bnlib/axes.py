@@ -38,7 +38,7 @@ def reduction_axes(ndim: int, channel_axis: int = 1, norm: str = "batch") -> tup
             for ``"batch"``, channels on the axis of the samples.
 
     Source: Ioffe & Szegedy (2015), section 3.2; Ba, Kiros & Hinton (2016); Ulyanov, Vedaldi &
-    Lempitsky (2016). Derived in *Which axes?*
+    Lempitsky (2016). Derived in *Which axes?* and *Siblings: layer, instance, group norm*
 
     Examples:
         >>> reduction_axes(4)          # N, C, H, W: over N, H and W
@@ -85,7 +85,7 @@ def split_groups(x: Any, groups: int, channel_axis: int = 1) -> Any:
         TypeError: ``x`` is not an array, or ``groups`` or ``channel_axis`` not an integer.
         ValueError: rank < 2, ``channel_axis`` out of range, or ``groups`` that do not divide C.
 
-    Source: Wu & He (2018), figure 3.
+    Source: Wu & He (2018), figure 3. Derived in *Siblings: layer, instance, group norm*
 
     Examples:
         >>> import numpy as np

@@ -358,8 +358,8 @@ def standardize(x: Any, axes: int | Sequence[int], eps: float = 1e-5, center: bo
             integers.
         ValueError: ``axes`` that are none, out of range or not all different; ``eps`` <= 0.
 
-    Source: Wu & He (2018), equations 1 and 2; without the mean, Zhang & Sennrich (2019),
-    equation 4.
+    Source: Wu & He (2018), section 3; without the mean, Zhang & Sennrich (2019). Derived in
+    *Siblings: layer, instance, group norm*
 
     Examples:
         >>> import numpy as np
