@@ -336,6 +336,52 @@ def digits_of_one_pass():
     return "one, if any"
 
 
+def squares_of_alternating_values():
+    x = np.tile(np.float32([9999, 10_001]), 2048)[:, None]
+    square, mean = x * x, x
+    while len(mean) > 1:
+        square, mean = square[::2] + square[1::2], mean[::2] + mean[1::2]
+    found = float(square[0, 0] / 4096 - (mean[0, 0] / 4096) ** 2)
+    assert x.astype(np.float64).var() == 1
+    return f"{found:.0f}"
+
+
+def variance_of_stored_values():
+    x = torch.randn(100_000, dtype=torch.float64) + 100
+    share = x.bfloat16().double().var() / x.var() - 1
+    return f"about {100 * share:.0f} % too large"
+
+
+def millimetres():
+    ratios, nans = [], []
+    x = (RNG.normal(size=(4096, 100)) * 0.001 + 0.5).astype(np.float32)
+    for unit in (1, 1024):  # a power of two rounds alike
+        y = x * np.float32(unit)
+        one_pass = (y * y).mean(axis=0) - y.mean(axis=0) ** 2
+        ratios.append(one_pass / y.astype(np.float64).var(axis=0))
+        nans.append((one_pass + np.float32(1e-5) < 0).sum())
+    assert np.allclose(*ratios, rtol=1e-6)
+    assert nans[0] == 0 < nans[1]
+    return "as many digits are lost, and NaN becomes more likely"
+
+
+def threads_of_running_var():
+    x = torch.randn(8, 16, 28, 28) + 10
+    x = x.contiguous(memory_format=torch.channels_last)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 3):
+            torch.set_num_threads(threads)
+            state = torch.zeros(16), torch.ones(16)
+            nn.functional.batch_norm(x, *state, training=True)
+            found.append(state[1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    return "the number of threads"
+
+
 def own_part_first():
     parts = RNG.normal(size=64).astype(np.float32)
     by_number, own_first = set(), set()
@@ -495,6 +541,12 @@ NUMBERS = {
         2: layer_norm_backward,
         3: without_affine,
         4: blocks,
+    },
+    "variance": {
+        1: squares_of_alternating_values,
+        2: variance_of_stored_values,
+        3: millimetres,
+        4: threads_of_running_var,
     },
     "kernels": {
         1: digits_of_one_pass,
