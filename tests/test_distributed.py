@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,13 @@ from bnlib.nn import BatchNorm2d, SyncBatchNorm, convert_batch_norm
 STEPS = 10
 # Samples per rank: even, uneven, and with an empty shard in the first place and the last.
 SHARDS = {2: [(4, 4), (7, 1), (0, 8)], 3: [(1, 5, 2), (0, 3, 5)], 4: [(2, 2, 2, 2), (0, 1, 7, 0)]}
+
+
+def run(ranks: int, function: Callable, folder: Path, *arguments: str) -> None:
+    """Start the ranks as copies of one process, which has imported once what all of them need."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "bnlib.nn", "bnlib.kernels.cpu"])
+    given = (ranks, str(folder), *arguments)
+    mp.start_processes(function, given, ranks, start_method="forkserver")
 
 
 def start(rank: int, world: int, folder: str, seconds: float = 60) -> None:
@@ -127,7 +136,7 @@ def compare_with_one_process(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=sorted(SHARDS), ids="{} ranks".format)
 def differences(request, tmp_path_factory) -> dict[str, float]:
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
-    mp.spawn(compare_with_one_process, (world, str(folder)), world)
+    run(world, compare_with_one_process, folder)
     found: dict[str, float] = {}
     for rank in range(world):
         for name, value in torch.load(folder / f"rank{rank}").items():
@@ -176,7 +185,7 @@ def train_under_ddp(rank: int, world: int, folder: str) -> None:
 
 
 def test_ddp_of_two_ranks_trains_as_one_process(tmp_path: Path) -> None:
-    mp.spawn(train_under_ddp, (2, str(tmp_path)), 2)
+    run(2, train_under_ddp, tmp_path)
     alone = train(a_model(sync=False), slice(None))
     for rank in range(2):
         for parameters in torch.load(tmp_path / f"rank{rank}"):  # eager, compiled
@@ -209,7 +218,7 @@ def lose_a_rank(rank: int, world: int, folder: str, how: str, collective: str) -
 def test_a_lost_rank_is_an_error_within_the_timeout(
     tmp_path: Path, how: str, collective: str
 ) -> None:
-    mp.spawn(lose_a_rank, (2, str(tmp_path), how, collective), 2)
+    run(2, lose_a_rank, tmp_path, how, collective)
 
 
 def one_value_in_all(rank: int, world: int, folder: str) -> None:
@@ -234,7 +243,7 @@ def one_value_in_all(rank: int, world: int, folder: str) -> None:
 
 
 def test_what_all_ranks_together_have_counts(tmp_path: Path) -> None:
-    mp.spawn(one_value_in_all, (2, str(tmp_path)), 2)
+    run(2, one_value_in_all, tmp_path)
 
 
 def test_without_a_process_group() -> None:

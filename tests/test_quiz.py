@@ -383,14 +383,19 @@ def variance_of_uneven_shards():
     return f"{bnlib.merge(*parts).var()[0]:.0f}"
 
 
-def global_count():
-    x = RNG.normal(size=(4000, 1))
-    dy = RNG.normal(size=x.shape)
-    x_hat, cache = bnlib.batch_norm_forward(x, np.ones(1), np.zeros(1))
-    dx, dgamma, dbeta = bnlib.batch_norm_backward(dy, cache)
-    r = (x.var() + 1e-5) ** -0.5
-    (m,) = [n for n in (1000, 4000) if np.allclose(r / n * (n * dy - dbeta - x_hat * dgamma), dx)]
-    return f"{m}, the values of all ranks"
+def gradients_that_ddp_averages():
+    """Summed in the layer, γ and β are wrong by the number of ranks; dx is wrong if not summed."""
+    x, dy = RNG.normal(size=(2, 12, 1))
+    x_hat, cache = bnlib.batch_norm_forward(x, np.ones(1), np.zeros(1), eps=1e-12)
+    whole = bnlib.batch_norm_backward(dy, cache)
+    parts = [(dy * x_hat)[rows].sum() for rows in np.split(np.arange(12), 4)]
+    right, summed = np.mean(parts), np.mean([sum(parts)] * 4)
+    assert np.allclose([4 * right, summed], whole.dweight)
+    rank, r = slice(0, 3), x.std() ** -1.0
+    local = r * (dy - dy.sum() / 12 - x_hat * parts[0] / 12)[rank]
+    exchanged = r * (dy - dy.sum() / 12 - x_hat * sum(parts) / 12)[rank]
+    assert np.allclose(exchanged, whole.dx[rank]) and not np.allclose(local, whole.dx[rank])
+    return r"those of $\gamma$ and $\beta$"
 
 
 def folded_with_another_epsilon():
@@ -501,7 +506,7 @@ NUMBERS = {
     "distributed": {
         1: the_same_images_everywhere,
         2: variance_of_uneven_shards,
-        3: global_count,
+        3: gradients_that_ddp_averages,
     },
     "folding": {
         1: folded_with_another_epsilon,

@@ -42,7 +42,7 @@ def use_style() -> None:
 # Tints for cells that share one mean: away from the four axis colours, and amber against violet is
 # safe for colour-blind readers. Frames, words and hatching say the same without colour.
 GROUP_COLORS = ("#e0b13c", "#8f83d8", "#6cc3d5", "#b0b0b0")
-_HATCHES = ("", "///", "...", "xx")
+_HATCHES = ("", "/", ".", "x")
 _DARK_TEXT = PAGE.dark  # on cells whose fill is opaque and pale, on either page
 
 # Inches, which are the unit of what draw_planes draws.
@@ -112,7 +112,7 @@ def draw_planes(
     palette = colors or [GROUP_COLORS[c % len(GROUP_COLORS)] for c in range(channels)]
     low, high = float(x.min()), float(x.max())
 
-    top = 0.3  # below the arrow along N
+    top = 0.36  # below the arrow along N
     _axis_arrow(ax, "N", samples, (_LEFT, 0.22), (right, 0.22))
     if composite:
         for n in range(samples):
@@ -146,11 +146,11 @@ def draw_planes(
                 )
                 _image(ax, *place, x[n, c], cmap=shades, vmin=low, vmax=high)
 
-    _axis_arrow(ax, "C", channels, (0.2, top), (0.2, bottom))
-    _axis_arrow(ax, "H", height, (_LEFT - 0.12, tops[-1]), (_LEFT - 0.12, bottom))
-    _axis_arrow(ax, "W", width, (_LEFT, bottom + 0.13), (_LEFT + plane_w, bottom + 0.13))
+    _axis_arrow(ax, "C", channels, (0.19, top), (0.19, bottom))
+    _axis_arrow(ax, "H", height, (_LEFT - 0.15, tops[-1]), (_LEFT - 0.15, bottom))
+    _axis_arrow(ax, "W", width, (_LEFT, bottom + 0.14), (_LEFT + plane_w, bottom + 0.14))
     ax.set_xlim(0, page)
-    ax.set_ylim(bottom + 0.38, 0)
+    ax.set_ylim(bottom + 0.42, 0)
     ax.set_aspect("equal")
     ax.set_axis_off()
     return ax
@@ -211,8 +211,7 @@ def _cells(
         hatch = _HATCHES[group % len(_HATCHES)]
         ax.add_patch(Rectangle(corner, *size, facecolor=fill, edgecolor="white", hatch=hatch))
         middle = (corner[0] + size[0] / 2, corner[1] + size[1] / 2)
-        box = {"boxstyle": "round,pad=0.1", "facecolor": fill, "edgecolor": "none"}
-        how: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.25, "bbox": box}
+        how: dict[str, Any] = {"ha": "center", "va": "center", "linespacing": 1.25}
         ax.text(*middle, str(text), color=_DARK_TEXT, **how)
 
 
@@ -247,7 +246,7 @@ def _axis_arrow(
     above = letter == "N"
     ax.text(
         tail[0] - 0.04 if vertical else (tail[0] + head[0]) / 2,
-        (tail[1] + head[1]) / 2 if vertical else tail[1] + (-0.03 if above else 0.04),
+        (tail[1] + head[1]) / 2 if vertical else tail[1] + (-0.03 if above else 0.07),
         f"{letter} = {length}",
         color=color,
         fontweight="bold",
