@@ -17,6 +17,7 @@ from torch import nn
 import bnlib
 from bnlib.book.datasets import photo_patches
 from bnlib.fold import fold_batch_norm, fold_conv_bn, fold_linear_bn
+from bnlib.recalibration import recalibrate
 
 # --- Form -----------------------------------------------------------------------------------------
 
@@ -226,6 +227,52 @@ def evaluation_after_pairs():
     variance = layer.eval()(x).var(dim=(0, 2, 3), correction=0)
     assert (variance > 1.5).all()
     return "clearly more than 1"
+
+
+def longer_average():
+    x = photo_patches().train_x[:, 1:2].astype(np.float64)
+    rng = np.random.default_rng(0)
+    pairs = [bnlib.moments(x[rng.integers(0, len(x), 2)]) for _ in range(6000)]
+    settled = {}
+    for alpha in (0.1, 0.01):
+        run, kept = (np.zeros(1), x.var(keepdims=True).ravel() * 0.6), []
+        for moments in pairs:
+            run = bnlib.update_running_stats(*run, moments, alpha)
+            kept.append(run[1][0] / x.var())
+        settled[alpha] = np.mean(kept[500:]), np.std(kept[500:])
+    assert np.allclose([mean for mean, _ in settled.values()], 0.605, atol=0.03)
+    assert settled[0.01][1] < settled[0.1][1] / 2
+    return "nothing, but the value wobbles less"
+
+
+def vectors_of_four():
+    layer = nn.BatchNorm1d(200, momentum=None, dtype=torch.float64)
+    for x in torch.randn(2000, 4, 200, dtype=torch.float64):
+        layer(x)
+    return f"at {layer.running_var.mean().item():.0f}"
+
+
+def images_without_a_mean():
+    kernel = torch.randn(1, 1, 3, 3, dtype=torch.float64)
+    x = torch.randn(500, 1, 8, 8, dtype=torch.float64)
+    padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+    x = nn.functional.conv2d(padded, kernel - kernel.mean())
+    layer = nn.BatchNorm2d(1, momentum=None, dtype=torch.float64)
+    for image in x.split(1):
+        layer(image)
+    ratio = layer.running_var.item() / x.var(correction=0).item()
+    assert math.isclose(ratio, 64 / 63)
+    return "64/63"
+
+
+def recalibrated_by_sorted_batches():
+    images = photo_patches()
+    x = torch.from_numpy(images.train_x).double()
+    layer = nn.BatchNorm2d(3, dtype=torch.float64)
+    recalibrate(layer, [x[images.train_y == k] for k in range(8)])
+    whole = x.var((0, 2, 3))
+    assert torch.allclose(layer.running_var, whole, rtol=1e-12)
+    return "not at all"
 
 
 def gradient_without_a_share_in_the_loss():
@@ -535,6 +582,12 @@ NUMBERS = {
         1: gradient_without_a_share_in_the_loss,
         2: bias_removed_from_the_file,
         3: mistake_that_stays_hidden,
+    },
+    "running": {
+        1: longer_average,
+        2: vectors_of_four,
+        3: images_without_a_mean,
+        4: recalibrated_by_sorted_batches,
     },
     "memory": {
         1: share_of_a_step,
