@@ -40,7 +40,7 @@ def recalibrate(model: nn.Module, batches: Any) -> dict[str, Moments]:
     repaired. Layers without running statistics, and InstanceNorm, are not touched.
 
     Args:
-        model: a torch module with batch norms: torch's, those of :mod:`bnlib.nn`, subclasses.
+        model: a torch module with batch norms: torch's, those of ``bnlib.nn``, subclasses.
         batches: an iterable, such as a DataLoader, of tensors, of dicts (``model(**batch)``), or of
             tuples or lists, of which as many leading elements are taken as ``forward`` has
             positional arguments without a default: of (images, labels) the images. Or one tensor

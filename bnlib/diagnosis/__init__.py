@@ -62,7 +62,7 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
     - ``useless_bias``: of a convolution or linear layer whose output goes straight into the layer.
 
     Args:
-        model: a torch module with batch norms: torch's, those of :mod:`bnlib.nn`, subclasses.
+        model: a torch module with batch norms: torch's, those of ``bnlib.nn``, subclasses.
         batches: as :func:`bnlib.recalibration.recalibrate` takes them, prepared as in training. A
             few hundred samples will do.
 
