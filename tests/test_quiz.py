@@ -462,6 +462,23 @@ def dead_filter_set_to_zero():
     return "nothing in floating point; the 8-bit one recovers"
 
 
+def half_of_the_data_by_itself():
+    layer = nn.BatchNorm1d(1, affine=False, eps=0).double()
+    data = torch.from_numpy(RNG.normal(size=(2, 1000, 1)))
+    data = (data - data.mean(1, keepdim=True)) / data.std(1, keepdim=True)
+    data[1] += 4
+    layer.momentum = 0.001
+    for step in range(20_000):
+        layer(data[step % 2])
+    out = layer.eval()(data[1])
+    return f"mean {out.mean():.0f}, variance {out.var():.0f}"
+
+
+def slope_of_two_variances():
+    v = np.array([1.0, 4.0])
+    return f"{(v**-0.5).mean() * v.mean() ** 0.5:.2f}"
+
+
 NUMBERS = {
     "which-axes": {
         1: features_as_positions,
@@ -484,6 +501,10 @@ NUMBERS = {
         1: gradient_without_a_share_in_the_loss,
         2: bias_removed_from_the_file,
         3: mistake_that_stays_hidden,
+    },
+    "modes": {
+        2: half_of_the_data_by_itself,
+        3: slope_of_two_variances,
     },
     "memory": {
         1: share_of_a_step,
