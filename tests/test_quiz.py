@@ -463,7 +463,7 @@ def dead_filter_set_to_zero():
 
 
 def half_of_the_data_by_itself():
-    layer = nn.BatchNorm1d(1, affine=False, eps=0).double()
+    layer = nn.BatchNorm1d(1, affine=False, eps=1e-12).double()
     data = torch.from_numpy(RNG.normal(size=(2, 1000, 1)))
     data = (data - data.mean(1, keepdim=True)) / data.std(1, keepdim=True)
     data[1] += 4
