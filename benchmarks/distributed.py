@@ -39,7 +39,7 @@ def operations(channels: int, ranks: int) -> dict[str, tuple[int, Callable[[], o
     """The calls to time, each with the bytes that one rank hands in."""
     zeros = torch.zeros(channels)
     local = Moments(1, zeros, zeros)
-    row = torch.zeros(2 * channels + 2)  # mean, m2 and the 8 bytes of the count
+    row = torch.zeros(2 * channels + 2)  # mean, variance and the 8 bytes of the count
     rows = list(torch.zeros(ranks, len(row)).unbind())
     sums = torch.zeros(2 * channels)
     return {

@@ -3,12 +3,13 @@
 Importing ``bnlib`` imports NumPy and nothing heavier; the PyTorch parts are submodules.
 """
 
-from bnlib.axes import per_channel, reduction_axes
+from bnlib.axes import per_channel, reduction_axes, split_groups
 from bnlib.reference import (
     Cache,
     Grads,
     batch_norm_backward,
     batch_norm_forward,
+    standardize,
     update_running_stats,
 )
 from bnlib.statistics import Moments, merge, moments
@@ -25,5 +26,7 @@ __all__ = [
     "moments",
     "per_channel",
     "reduction_axes",
+    "split_groups",
+    "standardize",
     "update_running_stats",
 ]

@@ -118,7 +118,7 @@ class SyncBatchNorm(_Layer, torch.nn.modules.batchnorm._BatchNorm):
         (n, μ, M₂) = merge of the ranks' moments;   y = act(γ (x - μ) / √(M₂/n + ε) + β + residual)
 
     Constructor, ``state_dict`` and ``repr`` are those of ``torch.nn.SyncBatchNorm``. Unlike that
-    one it takes CPU tensors too, and shards that are uneven or empty; it is no subclass of it,
+    one it takes CPU tensors too; like it, shards that are uneven or empty. It is no subclass of it,
     because DistributedDataParallel refuses those on the CPU. In evaluation, and without an
     initialised process group, it does what BatchNorm does. ``torch.compile`` leaves the
     synchronised step out of its graphs, and so refuses ``fullgraph=True`` for it. Every rank must

@@ -36,6 +36,11 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return found
 
 
+def core(model: nn.Module) -> nn.Module:
+    """Return what is to be run: a DistributedDataParallel would wait for the other ranks."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def is_frozen(model: nn.Module, layer: nn.Module) -> bool:
     """Return whether a layer is held in evaluation mode inside a model that trains."""
     return model.training and not layer.training
@@ -117,6 +122,7 @@ def run(model: nn.Module, batches: Any) -> Iterator[int]:
         batches = [batches]  # one batch; to iterate over it would take it apart
     if not isinstance(batches, Iterable):
         raise TypeError(f"expected an iterable of batches, got {type(batches).__name__}")
+    model = core(model)
     device = next((t.device for t in _tensors(model)), torch.device("cpu"))
     needed = _required(model)
     count = 0

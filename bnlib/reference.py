@@ -1,10 +1,11 @@
-"""Batch normalization as formulas, for any array-API array: the four primitives, then the layer."""
+"""Batch normalization as formulas, for any array-API array: the primitives, the layer, siblings."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bnlib.axes import per_channel, reduction_axes
+from bnlib.axes import checked_axes, expand, per_channel, reduction_axes
 from bnlib.statistics import Moments, at_least_float32, floating_namespace
 from bnlib.statistics import moments as moments  # the first primitive, re-exported with the others
 
@@ -327,6 +328,64 @@ def update_running_stats(
         return xp.astype(mixed, old.dtype, copy=False)
 
     return move(running_mean, moments.mean), move(running_var, moments.var(correction=1))
+
+
+def standardize(x: Any, axes: int | Sequence[int], eps: float = 1e-5, center: bool = True) -> Any:
+    """Subtract the mean and divide by the standard deviation, both taken over any choice of axes.
+
+    ::
+
+        x_hat = (x - mean) / √(σ² + ε)          center=True
+        x_hat = x / √(mean² + σ² + ε)           center=False; mean² + σ² is the mean of x²
+
+    with the biased variance σ². One operator is all the siblings of batch normalization, before
+    γ and β; see the examples.
+
+    Args:
+        x: array of rank >= 1, real floating, any array-API library. NaN and infinity pass through
+            to all of their group. An empty array gives an empty one.
+        axes: the axis or axes over which mean and variance are taken: for named norms those of
+            :func:`reduction_axes`.
+        eps: ε, in the square of the input's unit; > 0.
+        center: False leaves the mean where it is, as RMSNorm does.
+
+    Returns:
+        Array of the shape and dtype of ``x``; statistics and arithmetic in at least float32. A
+        group of one value becomes 0, or with ``center=False`` about its sign.
+
+    Raises:
+        TypeError: ``x`` is not an array, its dtype is not real floating, or ``axes`` are not
+            integers.
+        ValueError: ``axes`` that are none, out of range or not all different; ``eps`` <= 0.
+
+    Source: Wu & He (2018), section 3; without the mean, Zhang & Sennrich (2019). Derived in
+    *Siblings: layer, instance, group norm*
+
+    Examples:
+        >>> import numpy as np
+        >>> from bnlib import reduction_axes, split_groups
+        >>> x = np.arange(16.0).reshape(2, 4, 2)
+        >>> batch = standardize(x, reduction_axes(3))
+        >>> layer = standardize(x, reduction_axes(3, norm="layer"))
+        >>> instance = standardize(x, reduction_axes(3, norm="instance"))
+        >>> group = standardize(split_groups(x, 2), (2, 3)).reshape(x.shape)
+        >>> rms = standardize(x, -1, center=False)
+        >>> instance[0, 0].round(3), rms[0, 0].round(3)
+        (array([-1.,  1.]), array([0.   , 1.414]))
+    """
+    xp = floating_namespace(x=x)
+    if not eps > 0:
+        raise ValueError(f"expected eps > 0, got {eps}")
+    axes = checked_axes(axes, x.ndim)
+    count, mean, m2 = moments(x, axes=axes)
+    square = m2 / max(count, 1)
+    y = at_least_float32(xp, x)
+    if center:
+        y = y - expand(mean, axes)
+    else:
+        square = square + xp.astype(mean, m2.dtype, copy=False) ** 2
+    inv_std = xp.astype(1 / xp.sqrt(square + float(eps)), mean.dtype, copy=False)
+    return xp.astype(y * expand(inv_std, axes), x.dtype, copy=False)
 
 
 def _broadcast(xp: Any, v: Any, like: Any, channel_axis: int) -> Any:

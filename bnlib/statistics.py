@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from bnlib.axes import per_channel, reduction_axes
+from bnlib.axes import checked_axes, expand, reduction_axes
 
 
 class Moments(NamedTuple):
-    """Number of values, mean and sum of squared deviations from it, per channel.
+    """Number of values, mean and sum of squared deviations from it, per channel (or group).
 
     ::
 
@@ -25,9 +26,9 @@ class Moments(NamedTuple):
 
     Attributes:
         count: values per channel, an ``int``; 0 for an empty part, whose mean and m2 are 0.
-        mean: shape (C,), at least float32.
-        m2: shape (C,), >= 0, in the square of the input's unit; float64, where the library has it,
-            since a sum of squares leaves the range of float32 long before the variance does.
+        mean: shape (C,), or that of the axes that :func:`moments` kept; at least float32.
+        m2: shape of ``mean``, >= 0, in the square of the input's unit; float64, where the library
+            has it: a sum of squares leaves the range of float32 long before the variance does.
 
     Source: Chan, Golub & LeVeque (1983). Derived in *Forward, and what ε does*.
     """
@@ -44,7 +45,7 @@ class Moments(NamedTuple):
                 unbiased one, which PyTorch keeps in ``running_var``.
 
         Returns:
-            Array of shape (C,), dtype of ``mean``.
+            Array of the shape and dtype of ``mean``.
 
         Raises:
             ValueError: ``count <= correction``, for which the variance is not defined.
@@ -58,8 +59,8 @@ class Moments(NamedTuple):
         return array_namespace(var).astype(var, self.mean.dtype, copy=False)
 
 
-def moments(x: Any, channel_axis: int = 1) -> Moments:
-    """Return count, mean and sum of squared deviations of every channel of ``x``.
+def moments(x: Any, channel_axis: int = 1, *, axes: int | Sequence[int] | None = None) -> Moments:
+    """Return count, mean and sum of squared deviations of every channel of ``x``, or over any axes.
 
     Two passes, never ``E[x²] - E[x]²``, which cancels where the mean is large. The deviations d
     from the rounded mean do not quite sum to 0; what is left corrects both results::
@@ -69,16 +70,21 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
     Args:
         x: array of rank >= 2 with a real floating dtype, any array-API library. NaN and infinity
             pass through to their channel's statistics.
-        channel_axis: the axis that is kept.
+        channel_axis: the axis that is kept; not read if ``axes`` are given.
+        axes: the axis or axes to reduce instead, of a rank >= 1; those of the siblings are
+            :func:`reduction_axes` with another ``norm``.
 
     Returns:
-        :class:`Moments` of shape (C,): the mean float64 for float64 input, else float32 (so for
-        16-bit input); m2 in the widest dtype of the library and the device.
+        :class:`Moments` of shape (C,), or of the lengths of the axes that are kept, in their order:
+        the mean float64 for float64 input, else float32 (so for 16-bit input); m2 in the widest
+        dtype of the library and the device.
 
     Raises:
         TypeError: ``x`` is not an array, its dtype is not real floating, or it is a NumPy masked
-            array, whose channels would each need a count of their own.
-        ValueError: rank < 2 or ``channel_axis`` out of range.
+            array, whose channels would each need a count of their own; ``axes`` that are not
+            integers.
+        ValueError: rank < 2 or ``channel_axis`` out of range; ``axes`` that are none, out of range
+            or not all different.
 
     Source: Chan, Golub & LeVeque (1983), equation 1.7 (corrected two-pass), with the correction
     inside the square, where rounding cannot make m2 negative. Derived in *Forward, and what ε
@@ -88,9 +94,11 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
         >>> import numpy as np
         >>> moments(np.arange(8.0).reshape(2, 2, 2))
         Moments(count=4, mean=array([2.5, 4.5]), m2=array([17., 17.]))
+        >>> moments(np.arange(8.0).reshape(2, 2, 2), axes=(1, 2)).mean  # of every sample
+        array([1.5, 5.5])
     """
     xp = floating_namespace(x=x)
-    axes = reduction_axes(x.ndim, channel_axis)
+    axes = reduction_axes(x.ndim, channel_axis) if axes is None else checked_axes(axes, x.ndim)
     count = math.prod(x.shape[axis] for axis in axes)
     x = at_least_float32(xp, x)
     wide = _widest(xp, x)
@@ -102,9 +110,9 @@ def moments(x: Any, channel_axis: int = 1) -> Moments:
         return xp.astype(xp.sum(v, axis=axes, dtype=wide) / count, x.dtype, copy=False)
 
     mean = mean_of(x)
-    d = x - per_channel(mean, x.ndim, channel_axis)
+    d = x - expand(mean, axes)
     rest = mean_of(d)
-    d = xp.astype(d - per_channel(rest, x.ndim, channel_axis), wide, copy=False)
+    d = xp.astype(d - expand(rest, axes), wide, copy=False)
     return Moments(count, mean + rest, xp.sum(d * d, axis=axes))
 
 

@@ -198,6 +198,13 @@ RULES = [
 ]
 
 
+def test_the_page_that_is_no_chapter_runs_as_one():
+    nb = nbformat.read(BOOK / "sick-model.ipynb", as_version=4)
+    for rule in RULES:
+        if rule not in (exercises, summary):
+            assert rule(nb) == [], rule.__name__
+
+
 def test_there_are_chapters():
     assert CHAPTERS
 

@@ -368,7 +368,12 @@ def two_ranks(rank, folder):
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model, data = trained(), nets.batches()
-    found = [kinds(diagnose(model, data))]
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    # with another number of batches on each rank
+    found = [kinds(diagnose(wrapped, data[rank:])) | kinds(diagnose(model, data))]
+    recalibrate(wrapped, data[rank:][:1])
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(tensor.detach(), 0)
     if rank:
         model[4].running_mean[0] += 1e-3
     found.append(kinds(diagnose(model, data[rank:])))
@@ -389,6 +394,18 @@ def test_replicas_that_differ(tmp_path):
         assert buffers == [["4", "replicas"]]
         assert layer == "1"
         assert evidence == {"parameters": 1, "buffers": 0, "ranks": 2}
+
+
+def test_rounding_errors_of_a_layer_without_output_are_not_stale():
+    layer = nn.BatchNorm2d(3)
+    x = 1e-12 * torch.randn(64, 3, 4, 4) + 1
+    recalibrate(layer, [x])
+    layer.running_mean += 1e-7  # a last bit of the mean, and 30,000 deviations of 1e-12
+    found = diagnose(nn.Sequential(nn.Identity(), layer), [x])
+    assert "stale" not in {f.kind for f in found.findings}
+    layer.running_mean += 0.1
+    found = diagnose(nn.Sequential(nn.Identity(), layer), [x])
+    assert "stale" in {f.kind for f in found.findings}
 
 
 def test_findings_are_ranked():
@@ -560,6 +577,18 @@ def test_batches_of_every_form():
     assert diagnose(model, loader).layers == expected
 
 
+def test_in_inference_mode_and_under_autocast():
+    model, data = healthy(), nets.batches()
+    stale_mean(model)
+    expected = diagnose(model, data)
+    with torch.inference_mode():
+        assert diagnose(model, data).layers == expected.layers
+    with torch.autocast("cpu", torch.bfloat16):
+        found = diagnose(model, data)
+    assert kinds(found) == {("4", "stale")}
+    assert found.layers[1].effect == pytest.approx(expected.layers[1].effect, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("model", "batches", "error", "said"),
     [
@@ -584,10 +613,30 @@ def test_as_text():
     assert text.startswith("1 finding in 2 batch norms, 4 batches\n")
     assert re.search(r"^4 +stale +effect [\d.]+$", text, re.MULTILINE)
     assert re.search(r"^stale: .* Chapter:\s+Running\s+statistics\.$", text, re.M | re.S)
-    assert re.search(r"^1 +4096 +[\d.e+]+ +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)
+    assert re.search(r"^1 +4096 +\d+ +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)
     assert max(map(len, text.splitlines())) <= 76
     healthy_text = repr(diagnose(healthy(), nets.batches()))
     assert healthy_text.startswith("no findings in 2 batch norms, 4 batches\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (3, "3"),
+        (0.999, "0.999"),
+        (0.0, "0.0"),
+        (0.12345678, "0.12"),
+        (2.9e-8, "<0.001"),
+        (1.96123, "2.0"),
+        (16437.123, "16000"),
+        (3.14159e7, "3.1e+07"),
+        (float("inf"), "inf"),
+        ("3.bias", "3.bias"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert diagnosis.report._number(value) == text
 
 
 def test_many_layers_make_few_lines():

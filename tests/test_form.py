@@ -19,6 +19,7 @@ TEMPLATE = nbformat.read(BOOK / "template.ipynb", as_version=4)
 CHAPTERS = [
     path for path in sorted(BOOK.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts
 ]
+EXAMPLES = {"sick-model"}  # pages that run as a chapter does, and show without proving
 SECTIONS = [
     "The question",
     "In one picture",
@@ -126,10 +127,14 @@ RULES = [
 ]
 
 
+OF_A_CHAPTER = (box, sections, early_picture, from_scratch)
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_chapter(rule, path):
-    assert rule(nbformat.read(path, as_version=4)) == []
+    if path.stem not in EXAMPLES or rule not in OF_A_CHAPTER:
+        assert rule(nbformat.read(path, as_version=4)) == []
 
 
 def swap_sections(nb):

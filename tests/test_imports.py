@@ -29,6 +29,8 @@ PUBLIC = {
     "moments",
     "per_channel",
     "reduction_axes",
+    "split_groups",
+    "standardize",
     "update_running_stats",
 }
 

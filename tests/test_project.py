@@ -204,7 +204,8 @@ def unlisted(page):
     missing = []
     for path in sorted((ROOT / "bnlib").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        inside = module.startswith(("bnlib.kernels.", "bnlib.fold."))  # re-exported, if public
+        packages = ("bnlib.kernels.", "bnlib.fold.", "bnlib.diagnosis.")
+        inside = module.startswith(packages)  # re-exported, if public
         if inside or module in left_out or re.search(rf":: {module}\n +:members:", page):
             continue
         for name in public(path):

@@ -17,6 +17,7 @@ from torch import nn
 import bnlib
 from bnlib.book.datasets import photo_patches
 from bnlib.fold import fold_batch_norm, fold_conv_bn, fold_linear_bn
+from bnlib.recalibration import recalibrate
 
 # --- Form -----------------------------------------------------------------------------------------
 
@@ -228,6 +229,52 @@ def evaluation_after_pairs():
     return "clearly more than 1"
 
 
+def longer_average():
+    x = photo_patches().train_x[:, 1:2].astype(np.float64)
+    rng = np.random.default_rng(0)
+    pairs = [bnlib.moments(x[rng.integers(0, len(x), 2)]) for _ in range(6000)]
+    settled = {}
+    for alpha in (0.1, 0.01):
+        run, kept = (np.zeros(1), x.var(keepdims=True).ravel() * 0.6), []
+        for moments in pairs:
+            run = bnlib.update_running_stats(*run, moments, alpha)
+            kept.append(run[1][0] / x.var())
+        settled[alpha] = np.mean(kept[500:]), np.std(kept[500:])
+    assert np.allclose([mean for mean, _ in settled.values()], 0.605, atol=0.03)
+    assert settled[0.01][1] < settled[0.1][1] / 2
+    return "nothing, but the value wobbles less"
+
+
+def vectors_of_four():
+    layer = nn.BatchNorm1d(200, momentum=None, dtype=torch.float64)
+    for x in torch.randn(2000, 4, 200, dtype=torch.float64):
+        layer(x)
+    return f"at {layer.running_var.mean().item():.0f}"
+
+
+def images_without_a_mean():
+    kernel = torch.randn(1, 1, 3, 3, dtype=torch.float64)
+    x = torch.randn(500, 1, 8, 8, dtype=torch.float64)
+    padded = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+    x = nn.functional.conv2d(padded, kernel - kernel.mean())
+    layer = nn.BatchNorm2d(1, momentum=None, dtype=torch.float64)
+    for image in x.split(1):
+        layer(image)
+    ratio = layer.running_var.item() / x.var(correction=0).item()
+    assert math.isclose(ratio, 64 / 63)
+    return "64/63"
+
+
+def recalibrated_by_sorted_batches():
+    images = photo_patches()
+    x = torch.from_numpy(images.train_x).double()
+    layer = nn.BatchNorm2d(3, dtype=torch.float64)
+    recalibrate(layer, [x[images.train_y == k] for k in range(8)])
+    whole = x.var((0, 2, 3))
+    assert torch.allclose(layer.running_var, whole, rtol=1e-12)
+    return "not at all"
+
+
 def gradient_without_a_share_in_the_loss():
     x, dy = RNG.normal(size=(2, 4, 1, 3, 3))
     dy[2] = 0
@@ -336,6 +383,52 @@ def digits_of_one_pass():
     return "one, if any"
 
 
+def squares_of_alternating_values():
+    x = np.tile(np.float32([9999, 10_001]), 2048)[:, None]
+    square, mean = x * x, x
+    while len(mean) > 1:
+        square, mean = square[::2] + square[1::2], mean[::2] + mean[1::2]
+    found = float(square[0, 0] / 4096 - (mean[0, 0] / 4096) ** 2)
+    assert x.astype(np.float64).var() == 1
+    return f"{found:.0f}"
+
+
+def variance_of_stored_values():
+    x = torch.randn(100_000, dtype=torch.float64) + 100
+    share = x.bfloat16().double().var() / x.var() - 1
+    return f"about {100 * share:.0f} % too large"
+
+
+def millimetres():
+    ratios, nans = [], []
+    x = (RNG.normal(size=(4096, 100)) * 0.001 + 0.5).astype(np.float32)
+    for unit in (1, 1024):  # a power of two rounds alike
+        y = x * np.float32(unit)
+        one_pass = (y * y).mean(axis=0) - y.mean(axis=0) ** 2
+        ratios.append(one_pass / y.astype(np.float64).var(axis=0))
+        nans.append((one_pass + np.float32(1e-5) < 0).sum())
+    assert np.allclose(*ratios, rtol=1e-6)
+    assert nans[0] == 0 < nans[1]
+    return "as many digits are lost, and NaN becomes more likely"
+
+
+def threads_of_running_var():
+    x = torch.randn(8, 16, 28, 28) + 10
+    x = x.contiguous(memory_format=torch.channels_last)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 1, 3):
+            torch.set_num_threads(threads)
+            state = torch.zeros(16), torch.ones(16)
+            nn.functional.batch_norm(x, *state, training=True)
+            found.append(state[1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    return "the number of threads"
+
+
 def own_part_first():
     parts = RNG.normal(size=64).astype(np.float32)
     by_number, own_first = set(), set()
@@ -383,14 +476,19 @@ def variance_of_uneven_shards():
     return f"{bnlib.merge(*parts).var()[0]:.0f}"
 
 
-def global_count():
-    x = RNG.normal(size=(4000, 1))
-    dy = RNG.normal(size=x.shape)
-    x_hat, cache = bnlib.batch_norm_forward(x, np.ones(1), np.zeros(1))
-    dx, dgamma, dbeta = bnlib.batch_norm_backward(dy, cache)
-    r = (x.var() + 1e-5) ** -0.5
-    (m,) = [n for n in (1000, 4000) if np.allclose(r / n * (n * dy - dbeta - x_hat * dgamma), dx)]
-    return f"{m}, the values of all ranks"
+def gradients_that_ddp_averages():
+    """Summed in the layer, γ and β are wrong by the number of ranks; dx is wrong if not summed."""
+    x, dy = RNG.normal(size=(2, 12, 1))
+    x_hat, cache = bnlib.batch_norm_forward(x, np.ones(1), np.zeros(1), eps=1e-12)
+    whole = bnlib.batch_norm_backward(dy, cache)
+    parts = [(dy * x_hat)[rows].sum() for rows in np.split(np.arange(12), 4)]
+    right, summed = np.mean(parts), np.mean([sum(parts)] * 4)
+    assert np.allclose([4 * right, summed], whole.dweight)
+    rank, r = slice(0, 3), x.std() ** -1.0
+    local = r * (dy - dy.sum() / 12 - x_hat * parts[0] / 12)[rank]
+    exchanged = r * (dy - dy.sum() / 12 - x_hat * sum(parts) / 12)[rank]
+    assert np.allclose(exchanged, whole.dx[rank]) and not np.allclose(local, whole.dx[rank])
+    return r"those of $\gamma$ and $\beta$"
 
 
 def folded_with_another_epsilon():
@@ -502,6 +600,12 @@ NUMBERS = {
         2: bias_removed_from_the_file,
         3: mistake_that_stays_hidden,
     },
+    "running": {
+        1: longer_average,
+        2: vectors_of_four,
+        3: images_without_a_mean,
+        4: recalibrated_by_sorted_batches,
+    },
     "modes": {
         2: half_of_the_data_by_itself,
         3: slope_of_two_variances,
@@ -511,6 +615,12 @@ NUMBERS = {
         2: layer_norm_backward,
         3: without_affine,
         4: blocks,
+    },
+    "variance": {
+        1: squares_of_alternating_values,
+        2: variance_of_stored_values,
+        3: millimetres,
+        4: threads_of_running_var,
     },
     "kernels": {
         1: digits_of_one_pass,
@@ -522,7 +632,7 @@ NUMBERS = {
     "distributed": {
         1: the_same_images_everywhere,
         2: variance_of_uneven_shards,
-        3: global_count,
+        3: gradients_that_ddp_averages,
     },
     "folding": {
         1: folded_with_another_epsilon,

@@ -21,7 +21,10 @@ from bnlib import (
     batch_norm_forward,
     merge,
     moments,
+    reduction_axes,
     reference,
+    split_groups,
+    standardize,
     update_running_stats,
 )
 
@@ -682,3 +685,161 @@ def test_update_names_what_arrived_and_what_was_expected(old, x, momentum, error
     with pytest.raises(error) as caught:
         update_running_stats(*old, moments(x), momentum)
     assert message in str(caught.value)
+
+
+# --- the siblings ---------------------------------------------------------------------------------
+
+
+def grouped(x, groups, channel_axis=1):
+    """Group norm as the instance norm of the split tensor."""
+    split = split_groups(x, groups, channel_axis)
+    axes = reduction_axes(split.ndim, channel_axis % x.ndim, "instance")
+    return standardize(split, axes, EPS).reshape(x.shape)
+
+
+SIBLINGS = {
+    "batch": (
+        lambda x: standardize(x, reduction_axes(x.ndim), EPS),
+        lambda x: F.batch_norm(x, None, None, training=True, eps=EPS),
+    ),
+    "layer": (
+        lambda x: standardize(x, reduction_axes(x.ndim, norm="layer"), EPS),
+        lambda x: F.layer_norm(x, x.shape[1:], eps=EPS),
+    ),
+    "instance": (
+        lambda x: standardize(x, reduction_axes(x.ndim, norm="instance"), EPS),
+        lambda x: F.instance_norm(x, eps=EPS),
+    ),
+    "transformer": (lambda x: standardize(x, -1, EPS), lambda x: F.layer_norm(x, x.shape[-1:])),
+    "one group": (lambda x: grouped(x, 1), lambda x: F.group_norm(x, 1, eps=EPS)),
+    "a group each": (
+        lambda x: grouped(x, x.shape[1]),
+        lambda x: F.group_norm(x, x.shape[1], eps=EPS),
+    ),
+    "rms": (
+        lambda x: standardize(x, -1, EPS, center=False),
+        lambda x: F.rms_norm(x, x.shape[-1:], eps=EPS),
+    ),
+    "rms of a sample": (
+        lambda x: standardize(x, reduction_axes(x.ndim, norm="layer"), EPS, center=False),
+        lambda x: F.rms_norm(x, x.shape[1:], eps=EPS),
+    ),
+}
+PAIRS = [(name, *pair) for name, pair in SIBLINGS.items()]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "ours", "theirs"), PAIRS, ids=SIBLINGS)
+def test_siblings_in_float64(name, ours, theirs, shape):
+    x = make(shape).x
+    try:
+        expected = theirs(x)
+    except ValueError as error:  # a single value, or no position: PyTorch refuses
+        assert "more than 1" in str(error)
+        assert name in ("instance", "a group each") and x[0, 0].numel() == 1
+        return
+    assert_close(ours(x), expected)
+    gradient = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for data in (x, x.movedim(0, -1).contiguous().movedim(-1, 0)):  # and not contiguous
+        one, other = data.clone().requires_grad_(), data.clone().requires_grad_()
+        ours(one).backward(gradient)
+        theirs(other).backward(gradient)
+        assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+@pytest.mark.parametrize("shape", [(2, 6), (1, 6, 5), (3, 6, 7, 1), (2, 6, 3, 5), (0, 6, 2, 3)])
+@pytest.mark.parametrize("last", [False, True], ids=["C first", "C last"])
+def test_group_norm_in_float64(shape, groups, last):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if x[:1].numel() == groups:
+        with pytest.raises(ValueError, match="more than 1 value"):
+            F.group_norm(x[:1], groups)
+        assert (grouped(x, groups) == 0).all()
+        return
+    expected = F.group_norm(x, groups, eps=EPS)
+    got = grouped(x.movedim(1, -1), groups, -1).movedim(-1, 1) if last else grouped(x, groups)
+    assert_close(got, expected)
+
+
+def test_batch_norm_is_one_of_the_siblings():
+    case = make((7, 3, 5))
+    assert_close(standardize(case.x, (0, 2), EPS), batch_norm_forward(case.x)[0], 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3, 0), (0, 3, 5)])
+@pytest.mark.parametrize("center", [True, False])
+def test_nothing_to_standardize(shape, center):
+    for axes in (0, 1, (0, 1)):
+        assert standardize(np.ones(shape), axes, center=center).shape == shape
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, torch.asarray, array_api_strict.asarray])
+@pytest.mark.parametrize("center", [True, False])
+def test_siblings_of_any_library(asarray, center):
+    x = np.random.default_rng(0).normal(1, 2, size=(3, 4, 5))
+    for axes in (0, -1, (1, 2), (0, 1, 2)):
+        mean = x.mean(axis=axes, keepdims=True) if center else 0
+        expected = x - mean
+        expected = expected / np.sqrt((expected**2).mean(axis=axes, keepdims=True) + 1e-5)
+        got = standardize(asarray(x), axes, center=center)
+        assert type(got) is type(asarray(x))
+        np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_siblings_are_computed_in_32_bits_at_least(dtype, center):
+    x = (100 * torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))).to(dtype)
+    y = standardize(x, 1, center=center)
+    assert y.dtype == dtype
+    expected = standardize(x.double(), 1, center=center)
+    bound = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+    assert (y - expected).abs().max() <= bound
+    squares = (x.to(torch.float16) ** 2).mean(1)
+    assert torch.isinf(squares).any() or dtype != torch.float16, "the naive way overflows"
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_large_mean_does_not_cost_the_siblings_their_digits(center):
+    x = (np.random.default_rng(0).normal(size=(4, 4096)) + 1e5).astype(np.float32)
+    expected = standardize(x.astype(np.float64), 1, center=center)
+    # The mean is rounded to float32, where it is half a step of 0.0078 off at most.
+    np.testing.assert_allclose(standardize(x, 1, center=center), expected, rtol=1e-5, atol=4e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, for inf - inf
+def test_nan_and_infinity_stay_in_their_group(bad, center):
+    x = np.random.default_rng(0).normal(size=(3, 4, 5))
+    clean = standardize(x, (1, 2), center=center)
+    x[1, 2, 3] = bad
+    y = standardize(x, (1, 2), center=center)
+    np.testing.assert_array_equal(y[[0, 2]], clean[[0, 2]])
+    assert not np.isfinite(y[1, 2, 3])
+
+
+def test_a_group_of_one_value():
+    x = np.array([[-3.0, 1e-3, 2.0]]).T
+    assert standardize(x, 1).tolist() == [[0], [0], [0]]
+    expected = x / np.sqrt(x**2 + 1e-5)
+    np.testing.assert_allclose(standardize(x, 1, center=False), expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.ones((2, 3)), 1, 0.0), ValueError, "expected eps > 0, got 0.0"),
+        ((np.ones((2, 3)), 1, float("nan")), ValueError, "expected eps > 0, got nan"),
+        ((np.ones((2, 3)), ()), ValueError, r"at least one, got \(\)"),
+        ((np.ones((2, 3)), 2), ValueError, "expected axes in -2..1 for ndim 2, got 2"),
+        ((np.ones((2, 3)), (0, 0)), ValueError, r"different axes, at least one, got \(0, 0\)"),
+        ((np.ones((2, 3)), None), TypeError, "'NoneType' object is not iterable"),
+        ((np.ones((2, 3), int), 1), TypeError, "real floating dtype, got int64"),
+        (([[1.0]], 1), TypeError, "expected arrays of one array-API library, got x: builtins.list"),
+    ],
+)
+def test_siblings_refuse(arguments, error, message):
+    with pytest.raises(error, match=message):
+        standardize(*arguments)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bnlib import Moments, merge, moments
+from bnlib import Moments, merge, moments, reduction_axes
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -50,6 +50,30 @@ def test_moments_are_those_of_numpy(channel_axis):
     np.testing.assert_allclose(got.mean, by_channel.mean(1), rtol=1e-14)
     np.testing.assert_allclose(got.var(), by_channel.var(1), rtol=1e-13)
     np.testing.assert_allclose(got.var(correction=1), by_channel.var(1, ddof=1), rtol=1e-13)
+
+
+@pytest.mark.parametrize("asarray", [np.asarray, torch.asarray, array_api_strict.asarray])
+@pytest.mark.parametrize("axes", [0, -1, (1, 2), (2, 0), (0, 1, 2)], ids=str)
+def test_moments_over_any_axes_are_those_of_numpy(axes, asarray):
+    x = np.random.default_rng(0).normal(3, 2, size=(5, 4, 7))
+    got = moments(asarray(x), axes=axes)
+    mean, var = x.mean(axis=axes), x.var(axis=axes)
+    assert got.count == x.size // mean.size
+    np.testing.assert_allclose(np.asarray(got.mean), mean, rtol=1e-14, strict=True)
+    np.testing.assert_allclose(np.asarray(got.var()), var, rtol=1e-13, strict=True)
+    # Merged along an axis that was kept, they are those of both.
+    if 0 not in np.atleast_1d(axes) and -1 in np.atleast_1d(axes):
+        halves = moments(asarray(x[..., :3]), axes=-1), moments(asarray(x[..., 3:]), axes=-1)
+        np.testing.assert_allclose(np.asarray(merge(*halves).var()), var, rtol=1e-13)
+
+
+def test_axes_and_a_channel_axis_say_the_same():
+    x = np.random.default_rng(0).normal(size=(5, 4, 7))
+    for channel_axis in (0, 1, -1):
+        axes = reduction_axes(3, channel_axis)
+        for one, other in zip(moments(x, channel_axis), moments(x, axes=axes), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert moments(x[0, 0], axes=0).count == 7, "of a vector, too"
 
 
 @pytest.mark.parametrize(
@@ -285,6 +309,13 @@ def test_axes_that_make_no_sense(x, channel_axis, message):
     with pytest.raises(ValueError) as caught:
         moments(x, channel_axis)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("axes", [(), (0, 0), 2, (0, -3)])
+def test_axes_that_are_none_or_twice_or_missing(axes):
+    with pytest.raises(ValueError, match="axes") as caught:
+        moments(np.ones((2, 3)), axes=axes)
+    assert str(caught.value).endswith(f"got {axes}")
 
 
 @pytest.mark.parametrize(("count", "correction"), [(0, 0), (1, 1), (4, 4), (4, 5)])

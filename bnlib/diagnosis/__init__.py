@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bnlib.diagnosis.report import Diagnosis, Finding, LayerReport
 from bnlib.diagnosis.rules import findings, report_of
 from bnlib.diagnosis.watch import Record, Watch
-from bnlib.probe import batch_norms, hooked, is_frozen, run, undisturbed
+from bnlib.probe import batch_norms, core, hooked, is_frozen, run, undisturbed
 
 __all__ = ["Diagnosis", "Finding", "LayerReport", "diagnose"]
 
@@ -33,6 +33,7 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
                 = Σ_c γ_c² [(σ'/s - 1)² σ²/σ'² + (running_mean - μ)²/s²] / Σ_c γ_c² σ²/σ'²
         σ'² = σ² + ε,   s² = running_var + ε
 
+    where the denominator is at least 1e-6 Σ_c γ_c², below which there is no output to speak of.
     Each layer normalises with the statistics of all that it was given so far, so that no layer is
     blamed for those before it; a frozen layer does with its own. The rest of the model is in
     evaluation mode. Afterwards everything is as it was, bit for bit, also when this raises:
@@ -48,9 +49,10 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
       DistributedDataParallel, until the next one.
     - ``never_trained``: running statistics at 0 and 1. Of such a layer only its mode, its momentum
       and what is not finite is told besides.
-    - ``training_in_eval``, ``eval_in_training``: a layer in another mode than the model;
-      ``unfrozen``: parameters frozen, statistics not. A layer with both frozen is left in peace.
+    - ``training_in_eval``: a layer in training mode inside an evaluated model.
     - ``stale``: an effect above 0.5 and above what the few given data could produce by chance.
+    - ``unfrozen``: parameters frozen, statistics not; ``eval_in_training``: the reverse. A layer
+      with both frozen is left in peace.
     - ``momentum`` above 0.5; ``double_counted``: exactly twice the batches of the other layers, as
       by checkpointing (where all layers are checkpointed, the model does not show it).
     - ``one_value``: a batch with one value per channel, in a layer that would train on it.
@@ -89,7 +91,7 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
     progress = _Progress(len(batches) if isinstance(batches, Sized) else 0)
     with undisturbed(model), ExitStack() as stack:
         watch = Watch(model, records)
-        hooks = [model.register_forward_pre_hook(watch.begin, with_kwargs=True)]
+        hooks = [core(model).register_forward_pre_hook(watch.begin, with_kwargs=True)]
         hooks += [
             record.layer.register_forward_hook(watch.after, with_kwargs=True) for record in records
         ]

@@ -48,7 +48,8 @@ class LayerReport(NamedTuple):
         values: values per channel in the largest batch.
         effective: how many independent values those are worth, as the median over channels: N
             σ²/Var(a), where a are the means of single samples. Fewer than ``values`` where values
-            of a sample are alike, more where its mean varies less than chance would have it.
+            of a sample are alike, more where its mean varies less than chance would have it. The
+            samples are taken to be independent of each other.
         mean_gap: 0 where the running means are right.
         std_ratio: 1 where the running variances are right.
         effect: how much of the layer's output changes between the two modes; 0.1 is a tenth.
@@ -70,6 +71,9 @@ class LayerReport(NamedTuple):
 @dataclass(frozen=True)
 class Diagnosis:
     """What :func:`diagnose` found; it prints as tables.
+
+    The table of layers has ``values`` and ``effective`` as m and worth, then ``mean_gap``,
+    ``std_ratio`` and ``effect``.
 
     Attributes:
         layers: a :class:`LayerReport` for every batch norm, in the order of ``named_modules``.
@@ -154,7 +158,7 @@ class Diagnosis:
         ]
         left = len(self.layers) - len(rows)
         rest = f"and {left} layers with less effect, in .layers" if left else ""
-        return ("layer", "values", "eff.", "gap", "ratio", "effect"), rows, rest
+        return ("layer", "m", "worth", "gap", "ratio", "effect"), rows, rest
 
 
 def _short(name: str) -> str:
@@ -163,9 +167,16 @@ def _short(name: str) -> str:
 
 
 def _number(value: float | str | None) -> str:
+    """Two digits of what was measured, all of what was set."""
     if value is None:
         return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int | str) or len(repr(value)) <= 6:
+        return str(value)
+    if 0 < value < 1e-3:
+        return "<0.001"
+    if 100 <= value < 1e6:
+        return f"{float(f'{value:.2g}'):.0f}"
+    return f"{value:#.2g}"
 
 
 def _text(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -14,6 +14,7 @@ from bnlib.diagnosis.report import Finding, LayerReport
 from bnlib.diagnosis.watch import Record
 
 _EFFECT = 0.5  # of the output's root mean square: half of it is another number in evaluation
+_TINY = 1e-6  # of γ²: an output below it is none
 _NOISE = 3.0  # standard errors that the given data must exceed besides
 _MOMENTUM = 0.5  # above, the last batch outweighs all before it
 _START = 0.1  # weight of the start, 0 and 1, that is worth a word
@@ -54,6 +55,11 @@ KINDS: dict[str, tuple[str, str]] = {
         "company of a sample, and each forward moves its buffers. Call model.eval().",
         _MODES,
     ),
+    "stale": (
+        "Evaluation normalises with other numbers than these data have: prepare the data as in "
+        "training, or recalibrate().",
+        _RUNNING,
+    ),
     "unfrozen": (
         "The layer's parameters are frozen, its statistics are not: model.train() puts a frozen "
         "layer back into training mode. Call layer.eval() after each model.train().",
@@ -63,11 +69,6 @@ KINDS: dict[str, tuple[str, str]] = {
         "The layer is in evaluation mode inside a model that trains, and its γ and β train: freeze "
         "those too (requires_grad_(False)), or call model.train().",
         _MODES,
-    ),
-    "stale": (
-        "Evaluation normalises with other numbers than these data have: prepare the data as in "
-        "training, or recalibrate().",
-        _RUNNING,
     ),
     "momentum": (
         "PyTorch's momentum weighs the new batch: what other frameworks call 0.9 is 0.1 here. Set "
@@ -129,33 +130,38 @@ _ALWAYS = {
 
 
 class _Gap(NamedTuple):
-    """Per channel: distance of the means, ratio of the deviations, squared effect, its weight."""
+    """Per channel: distance of the means, ratio of the deviations, what changes, and of what."""
 
     mean: Tensor
     ratio: Tensor
     square: Tensor
-    weight: Tensor
+    power: Tensor  # of the output, E[(γ x̂)²]
+    scale: Tensor  # γ²
 
     def effect(self) -> float:
-        total = float(self.weight.sum())
+        # Where ε has swallowed a layer, to its output's rounding errors anything is large.
+        total = max(float(self.power.sum()), _TINY * float(self.scale.sum()))
         return math.sqrt(float(self.square.sum()) / total) if total > 0 else 0.0
 
 
 def gap_of(record: Record) -> _Gap | None:
     """How evaluation differs from what these data would have, where both are finite."""
     layer, seen = record.layer, record.seen
-    if seen is None or layer.running_mean is None or layer.running_var is None:
+    if seen is None or seen.count < 2:  # one value has no spread to compare with
+        return None
+    if layer.running_mean is None or layer.running_var is None:
         return None
     mean, var = seen.mean, seen.var()
     own, spread = layer.running_mean.to(mean), layer.running_var.to(var) + layer.eps
     gamma = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().to(mean)
     shift, ratio = (own - mean) / (var + layer.eps).sqrt(), (spread / (var + layer.eps)).sqrt()
-    power = gamma * gamma
-    square = power * ((1 / ratio - 1) ** 2 * var / (var + layer.eps) + (shift / ratio) ** 2)
+    scale, share = gamma * gamma, var / (var + layer.eps)
+    square = scale * ((1 / ratio - 1) ** 2 * share + (shift / ratio) ** 2)
     good = torch.isfinite(square)
     if not bool(good.any()):
         return None
-    return _Gap(shift[good], ratio[good], square[good], (power * var / (var + layer.eps))[good])
+    found = shift, ratio, square, scale * share, scale
+    return _Gap(*(each[good] for each in found))
 
 
 def effective(record: Record) -> Tensor | None:

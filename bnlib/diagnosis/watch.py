@@ -72,6 +72,8 @@ class Marks:
         self._known: dict[int, tuple[Any, int, Any]] = {}
 
     def put(self, tensor: Tensor, what: Any) -> None:
+        if tensor.is_inference():  # has no version that would tell of a change
+            return
         key = id(tensor)
         ref = weakref.ref(tensor, lambda _: self._known.pop(key, None))
         self._known[key] = ref, tensor._version, what
@@ -113,12 +115,15 @@ class Watch(TorchFunctionMode):
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what the model is given: a hook."""
         for value in [*args, *kwargs.values()]:
-            if isinstance(value, Tensor) and not value.is_inference():
+            if isinstance(value, Tensor):
                 self._inputs.put(value, True)
 
     def before(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Take the input of a layer into account, and return what it is to normalise with."""
-        record = self.records[layer]
+        with torch._C.DisableTorchFunction():  # what is done here is not the model's
+            return self._before(self.records[layer], x)
+
+    def _before(self, record: Record, x: Tensor) -> tuple[Tensor, Tensor] | None:
         if x.dim() < 2 or not x.is_floating_point():
             return None  # the layer itself will say so
         self._calls += 1
@@ -177,8 +182,11 @@ def sums(x: Tensor) -> tuple[Moments, Moments]:
     def both(v: Tensor) -> tuple[Moments, Tensor, Tensor]:
         """The samples' means, their mean, and what is left of the squares without it."""
         samples = _moments(v.mean(axes, dtype=dtype).to(wide))
-        norms = torch.linalg.vector_norm(v, dim=axes, dtype=dtype).to(wide)
-        squares = (norms * norms).sum(0)
+        if v.is_contiguous():
+            norms = torch.linalg.vector_norm(v, dim=axes, dtype=dtype)
+            squares = norms.to(wide).square().sum(0)
+        else:  # in channels_last, the norm of torch takes ten times as long as the square
+            squares = v.to(dtype).square().sum(axes).to(wide).sum(0)
         return samples, squares, squares - count * places * samples.mean * samples.mean
 
     samples, squares, m2 = both(x)
