@@ -560,6 +560,23 @@ def dead_filter_set_to_zero():
     return "nothing in floating point; the 8-bit one recovers"
 
 
+def half_of_the_data_by_itself():
+    layer = nn.BatchNorm1d(1, affine=False, eps=1e-12).double()
+    data = torch.from_numpy(RNG.normal(size=(2, 1000, 1)))
+    data = (data - data.mean(1, keepdim=True)) / data.std(1, keepdim=True)
+    data[1] += 4
+    layer.momentum = 0.01
+    for step in range(2000):
+        layer(data[step % 2])
+    out = layer.eval()(data[1])
+    return f"mean {out.mean():.0f}, variance {out.var():.0f}"
+
+
+def slope_of_two_variances():
+    v = np.array([1.0, 4.0])
+    return f"{(v**-0.5).mean() * v.mean() ** 0.5:.2f}"
+
+
 NUMBERS = {
     "which-axes": {
         1: features_as_positions,
@@ -588,6 +605,10 @@ NUMBERS = {
         2: vectors_of_four,
         3: images_without_a_mean,
         4: recalibrated_by_sorted_batches,
+    },
+    "modes": {
+        2: half_of_the_data_by_itself,
+        3: slope_of_two_variances,
     },
     "memory": {
         1: share_of_a_step,
