@@ -37,21 +37,22 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def core(model: nn.Module) -> nn.Module:
-    """Return what is to be run: a DistributedDataParallel would wait for the other ranks."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """Return what is to be run: the wrapper would wait for other ranks, or run copies of layers."""
+    wrappers = nn.DataParallel, nn.parallel.DistributedDataParallel
+    return model.module if isinstance(model, wrappers) else model
 
 
 def is_frozen(model: nn.Module, layer: nn.Module) -> bool:
     """Return whether a layer is held in evaluation mode inside a model that trains."""
-    return model.training and not layer.training
+    return core(model).training and not layer.training
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, batches: Any) -> Iterator[None]:
     """Put a model into evaluation mode, without gradients, and afterwards back to what it was.
 
     Modes, buffers (the tensors and what is in them) and the states of the generators of random
-    numbers (torch's, NumPy's, Python's) come back, also after an exception.
+    numbers (torch's, NumPy's, Python's, a DataLoader's own) come back, also after an exception.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -59,11 +60,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)  # has no dict of its own
     ]
-    contents = {
-        id(t): (t, t.detach().clone(), None if t.is_inference() else t._version)
-        for t in model.buffers()
-    }
+    contents = [(t, t.detach().clone()) for t in model.buffers()]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the global one is at stake
+    shuffler = getattr(batches, "generator", None)
+    shuffler = shuffler if isinstance(shuffler, torch.Generator) else torch.Generator()
+    order = shuffler.get_state()
     devices = sorted({t.device.index or 0 for t in _tensors(model) if t.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices), torch.no_grad(), _eager():
@@ -73,16 +74,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+        shuffler.set_state(order)
         for module, training in modes:
             module.training = training
         for module, entries in buffers:
             module._buffers.clear()
             module._buffers.update(entries)
-        with torch.no_grad():
-            for tensor, content, version in contents.values():
-                # untouched ones are not written: a backward pass may be waiting for them
-                if version is None or tensor._version != version:
-                    tensor.copy_(content)
+        with torch.inference_mode():  # without which its tensors could not be written
+            for tensor, content in contents:
+                # torch's batch norm counts no version when it writes; nor does this, so that a
+                # backward pass that waits for an untouched buffer goes through
+                tensor.data.copy_(content)
 
 
 @contextmanager
@@ -96,10 +98,13 @@ def hooked(
     """
 
     def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        statistics = measure(layer, args[0] if args else kwargs["input"])
+        x = args[0] if args else kwargs["input"]
+        own = [t for t in (layer.running_mean, layer.weight) if t is not None]
+        if x.dim() < 2 or any(len(t) != x.shape[1] for t in own):
+            return  # the layer itself will say so
+        statistics = measure(layer, x)
         if statistics is not None:
-            own = layer.weight if layer.running_mean is None else layer.running_mean
-            like = statistics[0] if own is None else own
+            like = own[0] if own else statistics[0]
             for name, value in zip(("running_mean", "running_var"), statistics, strict=True):
                 layer._buffers[name] = value.to(like.dtype)
 
@@ -166,12 +171,11 @@ def _to(device: torch.device, value: Any) -> Any:
 
 def _required(model: nn.Module) -> int:
     """How many positional arguments forward needs: at least one, and those without a default."""
-    while (inner := getattr(model, "module", getattr(model, "_orig_mod", None))) is not None:
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner  # what is wrapped for parallel work, or compiled, takes any arguments
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+    if isinstance(inner, nn.Module) and any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return _required(inner)  # what is wrapped for averaging, or compiled, takes any arguments
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
     return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 

@@ -54,8 +54,9 @@ def recalibrate(model: nn.Module, batches: Any) -> dict[str, Moments]:
 
     Raises:
         TypeError: ``model`` is not a torch module, or a batch is none of the above.
-        ValueError: no batch norms with running statistics, lazy modules, no batches, or a batch
-            with one value per channel, whose variance is 0 whatever the data are.
+        ValueError: no batch norms with running statistics, lazy modules, no batches, a batch
+            with one value per channel, whose variance is 0 whatever the data are, or statistics
+            that are NaN, or beyond the buffers' dtype.
 
     Source: Wu & Johnson (2021), section 3, for the merged statistics (PreciseBN); Chan, Golub &
     LeVeque (1983) for the merge. Derived in *Running statistics*.
@@ -92,16 +93,22 @@ def recalibrate(model: nn.Module, batches: Any) -> dict[str, Moments]:
         found[name] = merge(found[name], part) if name in found else part
         return part.mean, part.var()
 
-    with undisturbed(model), hooked(layers, measure):
+    with undisturbed(model, batches), hooked(layers, measure):
         for _ in run(model, batches):
             pass
-    with torch.no_grad():
-        for layer, name in layers.items():
-            if name not in found:
-                continue
-            # mypy knows buffers as Tensor | None
-            layer.running_mean.copy_(found[name].mean)  # type: ignore[union-attr]
-            layer.running_var.copy_(found[name].var(correction=1))  # type: ignore[union-attr]
+    new = {}
+    for name, total in found.items():
+        dtype = tracked[name].running_mean.dtype  # type: ignore[union-attr]  # a buffer may be None
+        new[name] = total.mean.to(dtype), total.var(correction=1).to(dtype)
+        if not all(bool(torch.isfinite(t).all()) for t in new[name]):
+            raise ValueError(
+                f"expected statistics that {dtype} holds, got NaN or infinity in {name!r}"
+            )
+    with torch.inference_mode():  # without which its tensors could not be written
+        for name, (mean, var) in new.items():
+            layer = tracked[name]
+            layer.running_mean.copy_(mean)  # type: ignore[union-attr]
+            layer.running_var.copy_(var)  # type: ignore[union-attr]
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(calls[name])
     if missed := [repr(name) for name in calls if name not in found]:

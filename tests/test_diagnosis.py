@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
+import inspect
 import json
 import random
 import re
@@ -71,7 +71,7 @@ UNTOUCHED = {
 @pytest.mark.parametrize("frozen", [True, False])
 def test_an_untouched_model_was_never_trained_and_that_is_all(name, training, frozen):
     model = UNTOUCHED[name]().train(training).requires_grad_(not frozen)
-    found = diagnose(model, nets.batches(count=2))
+    found = diagnose(model, nets.batches(size=16, count=2))
     assert {f.kind for f in found.findings} == {"never_trained"}
     assert len(found.findings) == len(found.layers)
 
@@ -93,7 +93,7 @@ def test_a_trained_net_is_left_in_peace(name, data):
         model = nets.train(nets.mlp(**PHOTOS, size=256), data, 60)
     else:
         model = healthy(name, data)
-    for size, count in ((64, 4), (256, 1), (2, 3), (1, 4), (1, 1)):
+    for size, count in ((128, 1), (2, 3), (1, 4), (1, 1)):
         for training in (True, False):
             if name == "mlp" and size == 1 and training:
                 continue  # one value per channel: that is a finding
@@ -133,11 +133,39 @@ def test_layers_frozen_on_purpose_are_left_in_peace():
     assert diagnose(model.eval(), nets.batches()).findings == ()
 
 
-def test_a_layer_before_the_input_may_have_any_unit():
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
-    x = torch.randn(64, 2) * torch.tensor([1e6, 1])
+class Of(nn.Module):
+    """A model that computes ``run(layers, x)``."""
+
+    def __init__(self, run, *layers):
+        super().__init__()
+        self.run, self.layers = run, nn.ModuleList(layers)
+
+    def forward(self, x):
+        return self.run(self.layers, x)
+
+
+@pytest.mark.parametrize(
+    "columns", [lambda x: x, lambda x: x[:, :2], lambda x: (2 * x).to(torch.float32)]
+)
+def test_columns_of_the_input_may_have_any_unit(columns):
+    model = Of(lambda m, x: m[1](m[0](columns(x))), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    x = torch.randn(64, 2).double() * torch.tensor([1e6, 1])
+    x = x.float() if columns(x).dtype == torch.float64 else x
     recalibrate(model, [x])
     assert diagnose(model, [x]).findings == ()
+    later = Of(lambda m, x: m[1](m[0](columns(x))), nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    later.layers[0].weight.data = torch.tensor([[1.0, 0], [0, 1]])
+    recalibrate(later, [x])
+    assert kinds(diagnose(later, [x])) == {("layers.1", "exploding")}
+
+
+def test_layers_frozen_halfway_are_no_sign_of_checkpointing():
+    model = nets.train(nets.plain(), steps=60)
+    model[1].eval().requires_grad_(False)
+    nets.train(model, steps=60)
+    assert (model[1].num_batches_tracked, model[4].num_batches_tracked) == (60, 120)
+    assert diagnose(model, nets.batches()).findings == ()
+    assert diagnose(model.eval(), nets.batches()).findings == ()
 
 
 # --- Planted faults -------------------------------------------------------------------------------
@@ -169,6 +197,10 @@ def inf_in_buffers(model):
 
 def negative_variance(model):
     model[4].running_var[2] = -1
+
+
+def inf_in_variance(model):
+    model[4].running_var.fill_(float("inf"))  # as of a float16 that was too small
 
 
 def nan_in_gamma(model):
@@ -234,6 +266,7 @@ FAULTS = {
     nan_in_buffers: ("nonfinite", {"running_var": 1}),
     inf_in_buffers: ("nonfinite", {"running_mean": 1}),
     negative_variance: ("nonfinite", {"running_var": 1}),
+    inf_in_variance: ("nonfinite", {"running_var": 16}),
     nan_in_gamma: ("nonfinite", {"weight": 1}),
     training_in_eval: ("training_in_eval", {"in_training": 1, "of": 2}),
     eval_in_training: ("eval_in_training", {"in_training": 1, "of": 2}),
@@ -277,26 +310,43 @@ def test_nan_is_told_where_it_appears_first():
 
 
 def test_dead_channels_before_functional_relu_and_fused_relu():
-    for fused in (False, True):
-        model = healthy("resnet")
-        bnlib.nn.convert_batch_norm(model)
-        model[4].norms[0].bias.data[3] = -20
-        if fused:
-            norm = model[4].norms[0]
-            model[4].norms[0] = type("Fused", (nn.Module,), {"forward": fuse})()
-            model[4].norms[0].norm = norm
-        recalibrate(model, nets.batches())
-        name = "4.norms.0.norm" if fused else "4.norms.0"
-        assert kinds(diagnose(model, nets.batches())) == {(name, "dead")}
+    model = healthy("resnet")
+    model[4].norms[0].bias.data[3] = -20
+    recalibrate(model, nets.batches())
+    assert kinds(diagnose(model, nets.batches())) == {("4.norms.0", "dead")}
+    for norm in (bnlib.nn.BatchNorm2d(16), Fused(16)):  # which needs no compiler
+        assert "activation" in inspect.signature(norm.forward).parameters
+    norm.load_state_dict(model[4].norms[0].state_dict())
+    model[4].norms[0] = Of(lambda m, x: m[0](x, activation="relu"), norm)
+    assert kinds(diagnose(model, nets.batches())) == {("4.norms.0.layers.0", "dead")}
 
 
-def fuse(self, x):
-    return self.norm(x, activation="relu")
+class Fused(nn.BatchNorm2d):
+    def forward(self, x, residual=None, activation=None):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("low", [-20.0, 0.0])
+def test_a_few_samples_do_not_make_a_channel_dead_or_constant(low):
+    model = Of(lambda m, x: m[0](x).relu(), nn.BatchNorm2d(1))
+    model.layers[0].bias.data[0] = low
+    x = torch.rand(64, 1, 16, 16) if low else torch.zeros(64, 1, 16, 16)
+    recalibrate(model, [x])
+    assert diagnose(model, [x[:63]]).findings == ()
+    assert kinds(diagnose(model, [x])) == {("layers.0", "dead" if low else "constant")}
 
 
 def test_a_low_channel_without_relu_is_not_dead():
     model = healthy("resnet")
     model[4].norms[1].bias.data[3] = -20  # to which the identity is added
+    recalibrate(model, nets.batches())
+    assert diagnose(model, nets.batches()).findings == ()
+
+
+@pytest.mark.parametrize("run", [lambda y: y + y.relu(), lambda y: y.relu() + y])
+def test_a_channel_that_passes_beside_the_relu_is_not_dead(run):
+    model = Of(lambda m, x: run(m[0](x)), nn.BatchNorm2d(1))
+    model.layers[0].bias.data[0] = -20
     recalibrate(model, nets.batches())
     assert diagnose(model, nets.batches()).findings == ()
 
@@ -347,21 +397,34 @@ def test_too_few_batches_are_told_with_the_weight_of_the_start():
     assert found.findings[0].evidence["start_weight"] == pytest.approx(0.9**10)
 
 
-def test_a_bias_that_does_something_is_not_useless():
-    class Bias(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
-            self.linear, self.other = nn.Linear(6, 5), nn.BatchNorm1d(4)
-
-        def forward(self, x):
-            y = self.norm(nn.functional.relu_(self.conv(x)))  # the bias comes before a ReLU
-            return self.other(self.linear(y.mean(-1)))  # and here it goes along another axis
-
-    model = Bias()
+@pytest.mark.parametrize(
+    ("run", "useless"),
+    [
+        (lambda conv, norm, x: norm(conv(x)), True),
+        (lambda conv, norm, x: norm(conv(x)) + norm(conv(2 * x)), True),
+        (lambda conv, norm, x: [norm(y := conv(x)), norm(y)], True),
+        (lambda conv, norm, x: norm(conv(x)[:, : conv(x).shape[1]].relu_()), False),
+        (lambda conv, norm, x: norm(y := conv(x)) + y, False),  # as with pre-activation
+        (lambda conv, norm, x: torch.cat([y := conv(x), norm(y)]), False),
+        (lambda conv, norm, x: norm(conv(x)).mean() + conv(x).relu().mean(), False),
+    ],
+)
+def test_a_bias_is_useless_where_batch_norm_cancels_it_in_each_use(run, useless):
+    conv, norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+    model = Of(lambda m, x: run(*m, x), conv, norm)
     recalibrate(model, nets.batches())
-    found = diagnose(model, nets.batches())
-    assert "useless_bias" not in {f.kind for f in found.findings}
+    expected = {("layers.1", "useless_bias")} if useless else set()
+    assert kinds(diagnose(model, nets.batches())) == expected
+
+
+def test_the_bias_of_a_linear_layer_goes_along_the_last_axis():
+    model = Of(lambda m, x: m[1](m[0](x)), nn.Linear(6, 5), nn.BatchNorm1d(4))
+    x = torch.randn(64, 4, 6)
+    recalibrate(model, [x])
+    assert diagnose(model, [x]).findings == ()
+    model.layers[1] = nn.BatchNorm1d(5)
+    recalibrate(model, [x[:, 0]])
+    assert kinds(diagnose(model, [x[:, 0]])) == {("layers.1", "useless_bias")}
 
 
 def two_ranks(rank, folder):
@@ -531,12 +594,51 @@ def test_everything_is_as_it_was(fault, raises):
             yield torch.zeros(2, 2, 2, 2), None
 
     batches, before = loader(), state(model)
+    if not raises:  # a DataLoader shuffles with a generator of its own
+        shuffler = torch.Generator().manual_seed(3)
+        order = shuffler.get_state()
+        rows = list(zip(*data[0], strict=True))
+        diagnose(model, torch.utils.data.DataLoader(rows, 32, True, generator=shuffler))
+        assert torch.equal(shuffler.get_state(), order)
     if raises:
         with pytest.raises(RuntimeError, match="expected input"):
             diagnose(model, batches)
     else:
         diagnose(model, batches)
     assert same(before, state(model))
+
+
+class Own(nn.Module):
+    """A batch norm of one's own, which moves its buffers in either mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.mean, self.var, training=True)
+
+
+def test_buffers_that_move_without_a_new_version_come_back():
+    model = healthy()
+    model.insert(2, Own())
+    version = model[2].mean._version
+    with torch.no_grad():
+        model(nets.batches()[0][0])
+    assert model[2].mean._version == version and bool(model[2].mean.any())  # torch counts none
+    before = state(model)
+    diagnose(model, nets.batches())
+    assert same(before, state(model))
+
+
+def test_a_model_made_in_inference_mode():
+    x = torch.randn(64, 1, 4, 4)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.BatchNorm2d(1))
+    assert kinds(diagnose(model, x)) == {("0", "never_trained")}
+    recalibrate(model, x)
+    assert diagnose(model, x).findings == ()
 
 
 def test_layers_without_buffers_get_none():
@@ -560,7 +662,6 @@ def test_activations_are_not_kept():
 
     def loader():
         for batch in nets.batches(count=6):
-            gc.collect()
             assert not any(ref() is not None for ref in alive)
             yield batch
 
@@ -596,6 +697,7 @@ def test_in_inference_mode_and_under_autocast():
         (nn.ReLU(), [], ValueError, "batch norms, got ReLU with none"),
         (nn.BatchNorm1d(2), [], ValueError, "at least one batch, got none"),
         (nn.BatchNorm1d(2), [3], TypeError, "got builtins.int"),
+        (nn.BatchNorm1d(3, affine=False), torch.zeros(2, 1), RuntimeError, "1 elements not 3"),
     ],
 )
 def test_bad_input_is_named(model, batches, error, said):
@@ -609,11 +711,15 @@ def test_bad_input_is_named(model, batches, error, said):
 def test_as_text():
     model = healthy()
     stale_mean(model)
-    text = str(diagnose(model, nets.batches()))
+    found = diagnose(model, nets.batches())
+    text = str(found)
     assert text.startswith("1 finding in 2 batch norms, 4 batches\n")
     assert re.search(r"^4 +stale +effect [\d.]+$", text, re.MULTILINE)
     assert re.search(r"^stale: .* Chapter:\s+Running\s+statistics\.$", text, re.M | re.S)
     assert re.search(r"^1 +4096 +\d+ +[\d.]+ +[\d.]+ +[\d.]+$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 76
+    long = found.findings[0]._replace(layer=90 * "x", evidence={"bias": 90 * "x"})
+    text = str(diagnosis.Diagnosis(found.layers, (long,), 4))
     assert max(map(len, text.splitlines())) <= 76
     healthy_text = repr(diagnose(healthy(), nets.batches()))
     assert healthy_text.startswith("no findings in 2 batch norms, 4 batches\n")

@@ -158,6 +158,16 @@ def test_a_waiting_backward_pass_is_not_disturbed():
     loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_statistics_that_the_buffers_cannot_hold_are_refused_and_change_nothing(dtype):
+    model, x = net().to(dtype), torch.randn(4, 3, 4, 5).to(dtype)
+    worst = torch.full_like(x, torch.nan) if dtype == torch.float32 else 3e4 * x
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"expected statistics that {dtype} holds.* in '1'"):
+        recalibrate(model, [x, worst])
+    assert_same(before, state(model))
+
+
 def test_frozen_layers_keep_their_statistics_and_use_them():
     model = net().train()
     model[1].eval()
@@ -245,6 +255,22 @@ def test_forward_with_two_required_arguments_and_the_wrapper_around_it():
             recalibrate(model, [(x,)])
 
 
+def test_a_module_called_module_is_no_wrapper():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Bilinear(2, 2, 3)  # whose forward needs two
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.bn(self.module(x, x))
+
+    x = torch.randn(6, 2)
+    model = torch.optim.swa_utils.AveragedModel(Holder())
+    found = recalibrate(model, [(x, "label")])
+    assert list(found) == ["module.bn"]
+
+
 def test_chunks_are_merged(monkeypatch):
     monkeypatch.setattr("bnlib.recalibration._CHUNK", 120)
     (x,) = drifting()[2:3]
@@ -289,6 +315,7 @@ def test_a_compiled_model_runs_its_own_code():
         (nn.BatchNorm1d(2), [], ValueError, "at least one batch, got none"),
         (nn.BatchNorm1d(2), [np.zeros((2, 2))], TypeError, r"got numpy\.ndarray"),
         (nn.BatchNorm1d(2), torch.zeros(1, 2), ValueError, r"one value per .*got input .*\(1, 2\)"),
+        (nn.BatchNorm1d(3, affine=False), torch.zeros(2, 1), RuntimeError, "1 elements not 3"),
         (nn.BatchNorm1d(2, track_running_stats=False), [], ValueError, "got 0 with running"),
         (nn.Sequential(nn.BatchNorm1d(2).eval()), [], ValueError, "got 1 with .* frozen"),
     ],

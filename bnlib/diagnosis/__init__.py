@@ -57,9 +57,11 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
       by checkpointing (where all layers are checkpointed, the model does not show it).
     - ``one_value``: a batch with one value per channel, in a layer that would train on it.
     - ``exploding``, ``epsilon``, ``constant``, ``dead``, ``zero_gamma``: channels beyond float16 or
-      1000 times the others; below ε, of a quarter of the channels; without any spread; never passed
-      by a ReLU that follows; with a γ under 1e-4.
-    - ``useless_bias``: of a convolution or linear layer whose output goes straight into the layer.
+      1000 times the others (columns of the input may be that); below ε, of a quarter of the
+      channels; without any spread, or never passed by the ReLU that alone follows, in 64 samples
+      or more; with a γ under 1e-4.
+    - ``useless_bias``: of a convolution or linear layer whose output goes straight into the layer,
+      and nowhere else.
 
     Args:
         model: a torch module with batch norms: torch's, those of ``bnlib.nn``, subclasses.
@@ -89,7 +91,7 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
     ]
     differing = _differing(records)
     progress = _Progress(len(batches) if isinstance(batches, Sized) else 0)
-    with undisturbed(model), ExitStack() as stack:
+    with undisturbed(model, batches), ExitStack() as stack:
         watch = Watch(model, records)
         hooks = [core(model).register_forward_pre_hook(watch.begin, with_kwargs=True)]
         hooks += [
@@ -103,9 +105,10 @@ def diagnose(model: nn.Module, batches: Any) -> Diagnosis:
         for count in run(model, batches):
             watch.batch = count + 1
             progress.show(count)
-    return Diagnosis(
-        tuple(map(report_of, records)), tuple(findings(model, records, count, differing)), count
-    )
+    watch.settle()
+    with torch.no_grad():
+        rows, found = map(report_of, records), findings(model, records, count, differing)
+        return Diagnosis(tuple(rows), tuple(found), count)
 
 
 def _is_kept(model: nn.Module, layer: nn.Module) -> bool:

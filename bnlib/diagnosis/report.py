@@ -170,7 +170,9 @@ def _number(value: float | str | None) -> str:
     """Two digits of what was measured, all of what was set."""
     if value is None:
         return "-"
-    if isinstance(value, int | str) or len(repr(value)) <= 6:
+    if isinstance(value, str):
+        return _short(value)
+    if isinstance(value, int) or len(repr(value)) <= 6:
         return str(value)
     if 0 < value < 1e-3:
         return "<0.001"

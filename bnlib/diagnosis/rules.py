@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bnlib.diagnosis.report import Finding, LayerReport
 from bnlib.diagnosis.watch import Record
+from bnlib.probe import core
 
 _EFFECT = 0.5  # of the output's root mean square: half of it is another number in evaluation
 _TINY = 1e-6  # of γ²: an output below it is none
@@ -22,8 +23,8 @@ _HALF_MAX = 65504.0  # the largest float16
 _SPREAD = 1000.0  # times the median channel's standard deviation
 _FEW = 0.25  # of the channels with a variance below ε
 _GAMMA = 1e-4  # a γ that lets nothing through
-_SURE = 1000  # equal values that are no accident
-_LIKELY = 64  # equal values where training saw none other either
+_SAMPLES = 64  # fewer may all lack what a channel is for
+_SURE = 1000  # equal values that are no accident, where training may have seen others
 
 _RUNNING = "Running statistics"
 _MODES = "Train/eval mismatch"
@@ -157,7 +158,7 @@ def gap_of(record: Record) -> _Gap | None:
     shift, ratio = (own - mean) / (var + layer.eps).sqrt(), (spread / (var + layer.eps)).sqrt()
     scale, share = gamma * gamma, var / (var + layer.eps)
     square = scale * ((1 / ratio - 1) ** 2 * share + (shift / ratio) ** 2)
-    good = torch.isfinite(square)
+    good = torch.isfinite(square) & torch.isfinite(spread)
     if not bool(good.any()):
         return None
     found = shift, ratio, square, scale * share, scale
@@ -230,11 +231,14 @@ def _untrained(record: Record) -> bool:
 
 
 def _twice(records: list[Record], batches: int) -> dict[str, dict[str, int]]:
-    """The layers that counted exactly twice as many batches as all others, for one call each."""
+    """The layers that counted exactly twice as many batches as all others, for one call each.
+
+    Frozen layers count for nothing: they stopped at some time.
+    """
     counts: dict[str, int] = {}
     for r in records:
         tracked = 0 if r.layer.num_batches_tracked is None else int(r.layer.num_batches_tracked)
-        if tracked and r.calls and tracked * batches % r.calls == 0:
+        if tracked and r.calls and not r.frozen and tracked * batches % r.calls == 0:
             counts[r.name] = tracked * batches // r.calls
     kinds = Counter(counts.values())
     if len(kinds) != 2 or max(kinds) != 2 * min(kinds):
@@ -271,7 +275,7 @@ def _of_layer(
         zero = int((gamma.detach().abs() < _GAMMA).sum())
         if zero:
             yield "zero_gamma", zero / len(gamma), {"channels": zero, "of": len(gamma)}
-    if record.bias and not record.frozen:
+    if record.bias:
         largest = float(model.get_parameter(record.bias).detach().abs().max())
         yield "useless_bias", 0, {"bias": record.bias, "largest": largest}
 
@@ -304,21 +308,21 @@ def _broken_parameters(record: Record) -> bool:
 def _mode(
     model: nn.Module, record: Record, records: list[Record]
 ) -> Iterator[tuple[str, float, dict[str, Any]]]:
-    layer = record.layer
+    layer, training = record.layer, core(model).training
     if layer.running_mean is None:
         return  # both modes take the batch's statistics
     evidence = {
         "in_training": sum(r.layer.training for r in records),
         "of": len(records),
     }
-    if layer.training and not model.training:
+    if layer.training and not training:
         yield "training_in_eval", 0, evidence
     own = [p for p in (layer.weight, layer.bias) if p is not None]
     trains = any(p.requires_grad for p in model.parameters())
-    if model.training and not layer.training and any(p.requires_grad for p in own):
+    if training and not layer.training and any(p.requires_grad for p in own):
         yield "eval_in_training", 0, evidence
     frozen = bool(own) and trains and not any(p.requires_grad for p in own)
-    if model.training and layer.training and frozen:
+    if training and layer.training and frozen:
         yield "unfrozen", 0, evidence
 
 
@@ -364,8 +368,10 @@ def _channels(record: Record) -> Iterator[tuple[str, float, dict[str, Any]]]:
         evidence = {"channels": int(small.sum()), "of": len(var), "eps_over_var": ratio}
         yield "epsilon", ratio, evidence
 
+    if record.means is None or record.means.count < _SAMPLES:
+        return
     surely = constant & (seen.count >= _SURE)
-    if layer.running_var is not None and seen.count >= _LIKELY:
+    if layer.running_var is not None:
         surely |= constant & (layer.running_var.to(var) <= layer.eps)
     if bool(surely.any()):
         evidence = {"channels": int(surely.sum()), "of": len(var)}
@@ -375,7 +381,7 @@ def _channels(record: Record) -> Iterator[tuple[str, float, dict[str, Any]]]:
         never = record.peak <= 0
         never &= (layer.weight.detach().abs() >= _GAMMA)[record.low]  # else it is zero_gamma
         never &= ~constant[record.low]
-        if bool(never.any()) and seen.count >= _LIKELY:
+        if bool(never.any()):
             yield (
                 "dead",
                 int(never.sum()) / len(var),

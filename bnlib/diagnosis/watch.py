@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +67,15 @@ class Record:
     peak: Tensor | None = None
 
 
+@dataclass
+class Biased:
+    """What is known of the output of a layer with a bias."""
+
+    bias: str
+    linear: bool
+    cancelled: bool = False
+
+
 class Marks:
     """Tensors that are recognised later, unless they were changed or are gone."""
 
@@ -91,7 +102,10 @@ class Watch(TorchFunctionMode):
         self.records = {record.layer: record for record in records}
         self.batch = 1
         self._biases = {id(p): name for name, p in model.named_parameters()}
-        self._after_bias, self._normalised, self._inputs = Marks(), Marks(), Marks()
+        self._after_bias, self._normalised = Marks(), Marks()
+        self._kept: Counter[str] = Counter()  # outputs with that bias in which it does something
+        self._inside = False  # a batch norm
+        self._fresh = True  # no parameter was used so far
         self._calls = 0
         for record in records:
             gamma, beta = record.layer.weight, record.layer.bias
@@ -101,39 +115,57 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RELUS:
-            record = self._normalised.get(args[0] if args else kwargs.get("input"))
-            if record is not None:
-                self._rectified(record, args[0] if args else kwargs["input"])
+        if self._inside:
+            return func(*args, **kwargs)
+        given = [v for v in _flat([*args, *kwargs.values()]) if isinstance(v, Tensor)]
+        biased = [b for v in given if (b := self._after_bias.get(v))]
+        normalised = [r for v in given if (r := self._normalised.get(v))]
+        if func in _RELUS and normalised:
+            self._rectified(normalised.pop(), given[0])
         out = func(*args, **kwargs)
+        if isinstance(out, Tensor) or type(out) in (tuple, list):  # else its shape was asked for
+            self._fresh &= not any(isinstance(v, nn.Parameter) for v in given)
+            self._kept.update(b.bias for b in biased)
+            for record in normalised:  # goes elsewhere too, past a ReLU
+                record.low = None
         if func in _BIASED:
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             if bias is not None and id(bias) in self._biases:
-                self._after_bias.put(out, (self._biases[id(bias)], func is F.linear))
+                self._after_bias.put(out, Biased(self._biases[id(bias)], func is F.linear))
+                self._kept[self._biases[id(bias)]] += 1
         return out
 
     def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note what the model is given: a hook."""
-        for value in [*args, *kwargs.values()]:
-            if isinstance(value, Tensor):
-                self._inputs.put(value, True)
+        """Start anew with a batch: a hook."""
+        self._inside, self._fresh = False, True
+
+    def settle(self) -> None:
+        """Drop the biases that do something after all, as elsewhere in the model."""
+        for record in self.records.values():
+            if self._kept[record.bias]:
+                record.bias = ""
 
     def before(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Take the input of a layer into account, and return what it is to normalise with."""
+        self._inside = True
         with torch._C.DisableTorchFunction():  # what is done here is not the model's
             return self._before(self.records[layer], x)
 
     def _before(self, record: Record, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        if x.dim() < 2 or not x.is_floating_point():
+        if not x.is_floating_point():
             return None  # the layer itself will say so
         self._calls += 1
         record.calls += 1
         if record.shape is None:
             record.shape, record.order = tuple(x.shape), self._calls
-            record.is_input = self._inputs.get(x) is not None
-        name, linear = self._after_bias.get(x) or ("", False)
-        if x.dim() == 2 or not linear:  # whose bias goes along the last axis, not the channels'
-            record.bias = name
+            record.is_input = self._fresh
+        biased = self._after_bias.get(x)
+        if biased and (record.frozen or (biased.linear and x.dim() > 2)):
+            self._kept[biased.bias] += 1  # nothing is subtracted, or along another axis
+        elif biased:
+            record.bias = biased.bias
+            self._kept[biased.bias] -= not biased.cancelled
+            biased.cancelled = True
         values = math.prod(x.shape) // max(1, x.shape[1])
         record.values = max(record.values, values)
         record.samples = max(record.samples, x.shape[0])
@@ -157,12 +189,22 @@ class Watch(TorchFunctionMode):
             if kwargs.get("activation") == "relu" and kwargs.get("residual") is None:
                 self._rectified(record, y)
             self._normalised.put(y, record)
+        self._inside = False
 
     def _rectified(self, record: Record, y: Tensor) -> None:
         """Keep the largest value of the channels that might never pass a ReLU."""
-        assert record.low is not None
+        if record.low is None:
+            return
         peak = y.detach().index_select(1, record.low).transpose(0, 1).flatten(1).amax(1)
         record.peak = peak if record.peak is None else torch.maximum(record.peak, peak)
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple | list):
+            yield from value
+        else:
+            yield value
 
 
 def sums(x: Tensor) -> tuple[Moments, Moments]:
