@@ -149,9 +149,9 @@ class Diagnosis:
                 _short(r.name),
                 f"{r.values}",
                 _number(r.effective),
-                _number(r.mean_gap),
-                _number(r.std_ratio),
-                _number(r.effect),
+                _five(r.mean_gap),
+                _five(r.std_ratio),
+                _five(r.effect),
             )
             for r in self.layers
             if r.name in chosen
@@ -179,6 +179,11 @@ def _number(value: float | str | None) -> str:
     if 100 <= value < 1e6:
         return f"{float(f'{value:.2g}'):.0f}"
     return f"{value:#.2g}"
+
+
+def _five(value: float | None) -> str:
+    """The number in five signs, for which a telephone has room in each column."""
+    return _number(f"{value:.3f}" if value is not None and value < 0.1 else value)
 
 
 def _text(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
