@@ -45,8 +45,9 @@ def recalibrate(model: nn.Module, batches: Any) -> dict[str, Moments]:
             tuples or lists, of which as many leading elements are taken as ``forward`` has
             positional arguments without a default: of (images, labels) the images. Or one tensor
             or dict, which is one batch. They are moved to the device of the model; of processes
-            that share work each runs its own. Take batches as large as in training: with a few
-            samples each, what follows a layer is fed by noisy statistics.
+            that share work each runs its own. Take batches as large as fit, larger than in
+            training: merged small ones are exact for the first batch norm only, as those behind it
+            are fed what was normalised with each small batch, unlike in evaluation.
 
     Returns:
         Name of the layer -> :class:`bnlib.Moments` of all that it was given, in the order of first
