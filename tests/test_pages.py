@@ -264,7 +264,7 @@ def unreachable(visit):
 
 
 def inaccessible_in_some_mode(visit, judged=None):
-    """What axe finds at both widths, and of colours also in both themes.
+    """What axe finds at both widths, and of colours also in both themes; and errors.
 
     The dark theme differs from the light one in its colours alone. This leaves the page in pieces.
     `judged` counts the looks of texts over the pages that share it.
@@ -279,6 +279,7 @@ def inaccessible_in_some_mode(visit, judged=None):
     for mode in MODES:
         visit.show(*mode)
         visit.page.evaluate(LOOKS)
+    problems += errors(visit)  # of all modes; below, scripts miss what is gone
     times = visit.page.evaluate(ALIKE, judged or {})
     if judged is not None:
         judged.update(times)
@@ -315,8 +316,7 @@ def test_every_page(site, browser):
                 assert shown == theme
                 found += [problem for gate in GATES for problem in gate(visit)]
                 if theme == "light":
-                    found += inaccessible_in_some_mode(visit, judged)
-                    found += other_hosts(visit) + errors(visit)
+                    found += inaccessible_in_some_mode(visit, judged) + other_hosts(visit)
                 else:
                     found += cut_off(visit) + unreachable(visit)
                     visit.show(theme, 1280)
